@@ -1,0 +1,118 @@
+"""What one forward of the base works on. Sequences are laid end to end in one row of tokens, without padding.
+
+The model's linears and attention layers find the batch of the forward they are in through the `Slot` that
+injection gave them; the engine's thread sets it with `running`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Protocol
+
+import torch
+
+from adapterhub.swap.layout import Factors
+
+KV_BLOCK = 16  # tokens in one block of the KV cache
+
+
+@dataclass(frozen=True)
+class Span:
+    """One sequence's tokens in this forward: rows [start, start + length), which end a context of `context` tokens.
+
+    `blocks` are the sequence's KV blocks, in order; empty when there is no cache and the whole context is here.
+    """
+
+    start: int
+    length: int
+    context: int
+    blocks: tuple[int, ...] = ()
+
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.start + self.length)
+
+
+class Adapter(Protocol):
+    """Whatever gives the factors of one linear: a hold on a block in the pool, or the parameters of a training job."""
+
+    @property
+    def factors(self) -> Mapping[str, Factors]: ...
+
+
+class KeyValues(Protocol):
+    """What attention needs of a KV cache."""
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None: ...
+    def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring rows that one adapter changes. Rows in no segment get the base alone."""
+
+    start: int
+    end: int
+    adapter: Adapter
+
+
+@dataclass
+class Batch:
+    """tokens [T] and positions [T] on the device; spans cover the rows in order; segments are disjoint, in order."""
+
+    tokens: torch.Tensor
+    positions: torch.Tensor
+    spans: list[Span]
+    segments: list[Segment]
+    kv: KeyValues | None = None
+    slots: torch.Tensor | None = None  # [T] where each token's key and value go in the KV cache
+    _decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+
+    @cached_property
+    def decodes(self) -> list[Span]:
+        """Spans of one token: computed together."""
+        return [s for s in self.spans if s.length == 1]
+
+    @cached_property
+    def prefills(self) -> list[Span]:
+        return [s for s in self.spans if s.length > 1]
+
+    @cached_property
+    def decode_rows(self) -> torch.Tensor:
+        """[n] the rows of `decodes`."""
+        return torch.tensor([s.start for s in self.decodes], device=self.tokens.device)
+
+    @cached_property
+    def decode_tables(self) -> torch.Tensor:
+        """[n, m] the KV blocks of `decodes`, the shorter ones padded with their first."""
+        longest = max(len(s.blocks) for s in self.decodes)
+        padded = [list(s.blocks) + [s.blocks[0]] * (longest - len(s.blocks)) for s in self.decodes]
+        return torch.tensor(padded, device=self.tokens.device)
+
+    def decode_mask(self, window: int | None) -> torch.Tensor:
+        """[n, m * block size], True where the token of each of `decodes` may look. Made once for all layers."""
+        if window not in self._decode_masks:
+            ends = torch.tensor([s.context for s in self.decodes], device=self.tokens.device).unsqueeze(1)
+            at = torch.arange(self.decode_tables.shape[1] * KV_BLOCK, device=self.tokens.device).unsqueeze(0)
+            mask = at < ends
+            self._decode_masks[window] = mask if window is None else mask & (at >= ends - window)
+        return self._decode_masks[window]
+
+class Slot:
+    """Where a model's layers look up the batch of the forward they are in. One per loaded base."""
+
+    def __init__(self) -> None:
+        self.batch: Batch | None = None
+
+    @contextmanager
+    def running(self, batch: Batch) -> Iterator[None]:
+        assert self.batch is None, "a forward of this base is under way already"
+        self.batch = batch
+        try:
+            yield
+        finally:
+            self.batch = None

@@ -1,0 +1,301 @@
+"""The engine: one thread that owns the device, serves requests in one continuous batch, and trains when there is time.
+
+Other threads reach it through its inbox; what comes back is handed to `on_output`, a step at a time. A step is:
+`Tiers.poll -> pin what comes next -> Scheduler.schedule -> runner.run -> outputs -> unpin what has ended`.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from queue import Empty, SimpleQueue
+from typing import Any, NamedTuple, Protocol, TypeVar
+
+import torch
+
+from adapterhub.base import runner
+from adapterhub.base.kv import KVCache
+from adapterhub.base.model import Base
+from adapterhub.base.request import Finish, Origin, Output, Request
+from adapterhub.base.scheduler import Scheduler, Sequence
+from adapterhub.config import MIB, Config
+from adapterhub.errors import ContextLengthExceeded, HubError, ServerFault, Unavailable
+from adapterhub.swap.pool import Pool
+from adapterhub.swap.tiers import Tier, Tiers
+
+log = logging.getLogger(__name__)
+Result = TypeVar("Result")
+
+
+class IdleWork(Protocol):
+    """What the engine does between steps and when nobody asks: a training job, in pieces of bounded length."""
+
+    def step(self) -> bool:
+        """Does one piece. False when there is no more to do."""
+        ...
+
+    def fail(self, error: Exception) -> None:
+        """`step` raised: the work is over."""
+        ...
+
+
+class Engine:
+    """`on_output` is called on the engine's thread, with the outputs of one step; it must not block."""
+
+    def __init__(self, base: Base, config: Config, on_output: Callable[[list[Output]], None]) -> None:
+        self.base = base
+        self._on_output = on_output
+        self._serve_share = config.serve_share
+        sizes = _budgets(base, config)
+        self.kv = KVCache(base.kv_shapes, sizes.kv, base.dtype, base.device)
+        self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
+        self.tiers = Tiers(
+            Pool(sizes.device, base.dtype, base.device),
+            config.blobs_dir,
+            base.fingerprint,
+            ram_bytes=sizes.ram,
+            load_threads=config.load_threads,
+            wake=lambda: self._inbox.put(lambda: None),
+        )
+        self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
+        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
+        self._idle_work: IdleWork | None = None
+        self._served = self._trained = 0.0  # seconds, since both sides last wanted the device
+        self._steps = self._tokens = 0
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="adapterhub-engine", daemon=True)
+
+    # -- for any thread
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """Ends the thread; what was under way fails with Unavailable."""
+
+        def stop() -> None:
+            self._stopping = True
+
+        if self._thread.is_alive():
+            self._inbox.put(stop)
+            self._thread.join()
+        self.tiers.close()
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def submit(self, request: Request) -> None:
+        """Queues a request. Raises ContextLengthExceeded when it could never be answered whole."""
+        self.check_length(len(request.prompt), request.sampling.max_tokens)
+        self._inbox.put(lambda: self._scheduler.add(Sequence.of(request)))
+
+    def check_length(self, prompt: int, max_tokens: int) -> None:
+        if prompt + max_tokens > self.context:
+            raise ContextLengthExceeded(
+                f"This model's maximum context length is {self.context} tokens. You asked for {prompt + max_tokens}: "
+                f"{prompt} in the prompt and {max_tokens} for the answer. Shorten the prompt or lower max_tokens.",
+                param="messages",
+            )
+
+    def cancel(self, request: str) -> None:
+        """Forgets a request; nothing more comes of it."""
+        self._inbox.put(lambda: self._end(self._scheduler.find(lambda s: s.request.id == request)))
+
+    def start_idle_work(self, work: IdleWork) -> None:
+        """From now on the engine's spare time is `work`'s, until it is done. One at a time."""
+
+        def start() -> None:
+            if self._idle_work is not None:
+                work.fail(ServerFault("Another training job is running."))
+            else:
+                self._idle_work = work
+
+        self._inbox.put(start)
+
+    def evict(self, digest: str) -> Future[bool]:
+        """Takes a block off the device and out of RAM; False when it must wait for the requests that use it."""
+        return self._ask(lambda: self.tiers.evict(digest))
+
+    def tiers_of(self, digests: list[str]) -> Future[list[Tier]]:
+        return self._ask(lambda: [self.tiers.tier_of(d) for d in digests])
+
+    def stats(self) -> Future[dict[str, Any]]:
+        return self._ask(self._stats)
+
+    def check_integrity(self) -> Future[None]:
+        """Fails with AssertionError if a KV block, a pin or an extent has leaked."""
+
+        def check() -> None:
+            self._scheduler.check_integrity()
+            self.tiers.check_integrity(sum(1 for s in self._scheduler.find(lambda s: s.hold is not None)))
+
+        return self._ask(check)
+
+    # -- the engine's thread
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            try:
+                self._take_in()
+                self.tiers.poll()
+                self._pin_ahead()
+                if not self._step():
+                    self._train()
+            except Exception:
+                log.exception("the engine met an error outside of a step; it goes on")
+        self._fail(self._scheduler.find(lambda _: True), Unavailable("The server is shutting down; try again."))
+
+    def _take_in(self) -> None:
+        """Runs what others asked for; sleeps while there is nothing to do at all."""
+        sleepy = not self._scheduler.running and not self._startable() and self._idle_work is None
+        try:
+            self._inbox.get(block=sleepy)()
+            while True:
+                self._inbox.get_nowait()()
+        except Empty:
+            pass
+
+    def _startable(self) -> bool:
+        """Whether a waiting sequence could be admitted once the others have ended: else only a load can help it."""
+        return any(s.ready for s in self._scheduler.look_ahead())
+
+    def _pin_ahead(self) -> None:
+        """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere."""
+        for sequence in self._scheduler.look_ahead():
+            adapter = sequence.request.adapter
+            try:
+                if adapter is not None and sequence.hold is None:
+                    sequence.hold = self.tiers.acquire(adapter)
+                    if sequence.hold is None:  # no room until others release; who came first is served first
+                        return
+                if sequence.hold is not None and sequence.hold.error is not None:
+                    raise sequence.hold.error
+            except HubError as error:
+                self._fail([sequence], error)
+
+    def _step(self) -> bool:
+        """One step of serving; False if there was nothing to do, or if it is the training job's turn."""
+        if self._training_is_due():
+            return False
+        work = self._scheduler.schedule()
+        if not work:
+            return False
+        started = time.perf_counter()
+        try:
+            outcomes = runner.run(self.base, self.kv, work)
+        except Exception as error:  # the step's requests fail; the others, and the thread, go on
+            log.exception("a step failed")
+            self._fail([w.sequence for w in work], ServerFault(f"The model failed on this request: {error}"))
+            return True
+        outputs: list[Output] = []
+        ended: list[Sequence] = []
+        for work_done, token, diverged in outcomes:
+            sequence = work_done.sequence
+            self._scheduler.advance(work_done, token)
+            if diverged:
+                error = ServerFault("The model's numbers are not finite for this request.", code="not_finite")
+                outputs.append(Output(sequence.request.id, error=error))
+            elif token is not None:
+                outputs.append(self._output(sequence, token))
+            if outputs and outputs[-1].request == sequence.request.id and outputs[-1].last:
+                ended.append(sequence)
+        self._end(ended)
+        self._steps += 1
+        self._tokens += len(outputs)
+        self._served += time.perf_counter() - started
+        if outputs:
+            self._on_output(outputs)
+        return True
+
+    def _output(self, sequence: Sequence, token: int) -> Output:
+        sampling, finish = sequence.request.sampling, None
+        if token in self.base.end_tokens and not sampling.ignore_eos:
+            finish = Finish.STOP
+        elif sequence.produced >= sampling.max_tokens:
+            finish = Finish.LENGTH
+        origin = None
+        if sequence.produced == 1:
+            hold = sequence.hold
+            origin = Origin(hold.tier, hold.load_ms) if hold else Origin(Tier.BASE, 0.0)
+        return Output(sequence.request.id, token, finish, origin=origin)
+
+    def _training_is_due(self) -> bool:
+        """While requests and a job both want the device, the job gets its share of the time."""
+        if self._idle_work is None or not self._scheduler.running:
+            self._served = self._trained = 0.0
+            return False
+        return self._trained * self._serve_share < self._served * (1 - self._serve_share)
+
+    def _train(self) -> None:
+        work = self._idle_work
+        if work is None:
+            return
+        started = time.perf_counter()
+        try:
+            more = work.step()
+        except Exception as error:
+            log.exception("a training step failed")
+            more = False
+            work.fail(error)
+        if not more:
+            self._idle_work = None
+        self._trained += time.perf_counter() - started
+
+    def _fail(self, sequences: list[Sequence], error: HubError) -> None:
+        self._end(sequences)
+        if sequences:
+            self._on_output([Output(s.request.id, error=error) for s in sequences])
+
+    def _end(self, sequences: list[Sequence]) -> None:
+        for sequence in sequences:
+            self._scheduler.remove(sequence)
+            if sequence.hold is not None:
+                self.tiers.release(sequence.hold)
+                sequence.hold = None
+
+    def _ask(self, question: Callable[[], Result]) -> Future[Result]:
+        future: Future[Result] = Future()
+
+        def answer() -> None:
+            try:
+                future.set_result(question())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._inbox.put(answer)
+        return future
+
+    def _stats(self) -> dict[str, Any]:
+        return {
+            "tiers": self.tiers.stats(),
+            "engine": {
+                "running": len(self._scheduler.running),
+                "waiting": len(self._scheduler.waiting),
+                "kv_blocks": self.kv.num_blocks,
+                "kv_blocks_free": self.kv.free_blocks,
+                "steps": self._steps,
+                "tokens": self._tokens,
+                "training": self._idle_work is not None,
+            },
+        }
+
+
+class Budgets(NamedTuple):
+    device: int
+    ram: int
+    kv: int
+
+
+def _budgets(base: Base, config: Config) -> Budgets:
+    """The sizes that were given, and for the others what suits the device."""
+    if base.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(base.device)
+        chosen = Budgets(free // 4, 2048 * MIB, free // 2)
+    else:
+        chosen = Budgets(512 * MIB, 0, 256 * MIB)
+    given = Budgets(config.device_bytes, config.ram_bytes, config.kv_bytes)
+    return Budgets(*(c if g is None else g for c, g in zip(chosen, given, strict=True)))

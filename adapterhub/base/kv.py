@@ -1,0 +1,119 @@
+"""The KV cache: a fixed number of blocks of a few tokens each, handed to sequences by a host-side free list.
+
+Only the engine's thread may call this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from adapterhub.base.batch import KV_BLOCK as BLOCK
+from adapterhub.base.batch import Span
+
+
+class KVShape(NamedTuple):
+    """One layer's keys and values for one token: [heads, key_dim] and [heads, value_dim]."""
+
+    heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def numel(self) -> int:
+        return self.heads * (self.key_dim + self.value_dim)
+
+
+class KVCache:
+    """`nbytes` of keys and values for the layers in `shapes`. On a CPU pages are taken only as tokens fill them."""
+
+    def __init__(
+        self, shapes: Mapping[int, KVShape], nbytes: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        per_token = sum(s.numel for s in shapes.values()) * dtype.itemsize
+        self.num_blocks = nbytes // (per_token * BLOCK)
+        slots = self.num_blocks * BLOCK
+        self._k = {i: _lazy_zeros((slots, s.heads, s.key_dim), dtype, device) for i, s in shapes.items()}
+        self._v = {i: _lazy_zeros((slots, s.heads, s.value_dim), dtype, device) for i, s in shapes.items()}
+        self._free = list(range(self.num_blocks - 1, -1, -1))
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that fit in all."""
+        return self.num_blocks * BLOCK
+
+    @property
+    def free_blocks(self) -> int:
+        return len(self._free)
+
+    @staticmethod
+    def blocks_for(tokens: int) -> int:
+        return -(-tokens // BLOCK)
+
+    def allocate(self, count: int) -> list[int] | None:
+        """`count` blocks, or None when fewer are free."""
+        if count > len(self._free):
+            return None
+        return [self._free.pop() for _ in range(count)]
+
+    def release(self, blocks: list[int]) -> None:
+        """Clears the blocks: a masked NaN still spoils a sum, so what one sequence left must not reach the next."""
+        if blocks:
+            index = torch.tensor(blocks, device=next(iter(self._k.values())).device)
+            for cache in (*self._k.values(), *self._v.values()):
+                self._paged(cache).index_fill_(0, index, 0)
+        self._free.extend(reversed(blocks))
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None:
+        """k [heads, T, key_dim] and v [heads, T, value_dim] into slots [T]."""
+        assert slots is not None
+        self._k[layer][slots] = k.transpose(0, 1)
+        self._v[layer][slots] = v.transpose(0, 1)
+
+    def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        """The whole context of one sequence: [heads, context, dim] each."""
+        k, v = self.read_many(layer, torch.tensor([span.blocks], device=self._k[layer].device))
+        return k[0, : span.context].transpose(0, 1), v[0, : span.context].transpose(0, 1)
+
+    def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Block tables [n, m] -> keys and values [n, m * BLOCK, heads, dim]; what lies past a context is arbitrary."""
+        n, m = tables.shape
+        found = []
+        for cache in (self._k[layer], self._v[layer]):
+            found.append(self._paged(cache)[tables].view(n, m * BLOCK, *cache.shape[1:]))
+        return found[0], found[1]
+
+    def _paged(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache.view(self.num_blocks, BLOCK, *cache.shape[1:])
+
+    def check_integrity(self, held: list[int]) -> None:
+        """Raises AssertionError unless free blocks and the `held` ones are all blocks, each once."""
+        assert sorted([*self._free, *held]) == list(range(self.num_blocks)), "KV blocks leaked or shared"
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Zeros whose pages a CPU's system hands out at their first use (`torch.zeros` would touch them all at once)."""
+    if device.type != "cpu":
+        return torch.zeros(shape, dtype=dtype, device=device)
+    count = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(count, dtype=np.uint8)).view(dtype).view(shape)
+
+
+class ShapeProbe:
+    """Stands in for the cache in the first forward of a base, to learn what its layers keep."""
+
+    def __init__(self) -> None:
+        self.shapes: dict[int, KVShape] = {}
+
+    def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None:
+        self.shapes[layer] = KVShape(k.shape[0], k.shape[2], v.shape[2])
+
+    def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("the probe's context is in its forward")
+
+    def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("the probe's context is in its forward")

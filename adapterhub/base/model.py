@@ -1,0 +1,173 @@
+"""Loads the base once and gets it ready to serve many adapters: attention taken over, linears multiplexed, probed."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from adapterhub.base.batch import Batch, Slot, Span
+from adapterhub.base.embedded import base_name, base_path
+from adapterhub.base.inject import multiplex, take_over_attention
+from adapterhub.base.kv import KVShape, ShapeProbe
+from adapterhub.config import Config
+from adapterhub.errors import BadRequest
+from adapterhub.swap.layout import Layout
+
+_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+_PROBE_TOKENS = 5
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Base:
+    """The resident model, and what the rest needs to know of it. Only the engine's thread may run `model`."""
+
+    name: str
+    model: PreTrainedModel
+    tokenizer: Any  # transformers' fast tokenizer
+    layout: Layout  # every linear an adapter can target
+    slot: Slot
+    kv_shapes: dict[int, KVShape]
+    fingerprint: str
+    device: torch.device
+    dtype: torch.dtype
+    context: int  # tokens of prompt and answer together
+    end_tokens: frozenset[int]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+
+    def logits(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
+        """One forward; logits [len(rows), vocabulary] of the rows asked for."""
+        with self.slot.running(batch):
+            out = self.model(
+                input_ids=batch.tokens.unsqueeze(0),
+                position_ids=batch.positions.unsqueeze(0),
+                use_cache=False,
+                logits_to_keep=rows,
+            )
+        return out.logits[0]
+
+
+def load_base(config: Config) -> Base:
+    """Loads `config.base`. Raises BadRequest, saying what to do, when it cannot be served."""
+    name = base_name(config.base, config.base_name)
+    path = base_path(config.base)
+    device = _device(config.device)
+    try:
+        dtype = _dtype(config.dtype, AutoConfig.from_pretrained(path))
+        tokenizer = AutoTokenizer.from_pretrained(path)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise BadRequest(
+            f"{config.base!r} cannot be loaded as a base: {error}\nGive --base a transformers directory with a causal "
+            "language model and its tokenizer, or a hub name."
+        ) from error
+    return prepare_base(name, model, tokenizer, device)
+
+
+def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> Base:
+    """Turns a loaded model, in place, into a base that serves."""
+    model.requires_grad_(False).eval().to(device)
+    slot = take_over_attention(model)
+    probe = _probe(model, slot, device)
+    layout = multiplex(model, probe.linears, slot)
+    ends = model.generation_config.eos_token_id if model.generation_config else None
+    if ends is None:
+        ends = model.config.eos_token_id
+    return Base(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        layout=layout,
+        slot=slot,
+        kv_shapes=probe.kv_shapes,
+        fingerprint=_fingerprint(model),
+        device=device,
+        dtype=model.dtype,
+        context=model.config.max_position_embeddings,
+        end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
+    )
+
+
+@dataclass(frozen=True)
+class _Probe:
+    linears: list[str]
+    kv_shapes: dict[int, KVShape]
+
+
+def _probe(model: PreTrainedModel, slot: Slot, device: torch.device) -> _Probe:
+    """One short forward, to see which linears read one row per token, and what each layer's attention keeps.
+
+    Raises BadRequest for a base whose layers keep state elsewhere (recurrent ones), which could not be served.
+    """
+    head = model.get_output_embeddings()
+    linears: list[str] = []
+    hooks = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            if args[0].numel() == _PROBE_TOKENS * args[0].shape[-1]:
+                linears.append(name)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if type(module) is nn.Linear and module is not head:
+            hooks.append(module.register_forward_pre_hook(note(name)))
+    tokens = torch.arange(_PROBE_TOKENS, device=device)
+    kept = ShapeProbe()
+    batch = Batch(tokens, tokens, [Span(0, _PROBE_TOKENS, _PROBE_TOKENS)], [], kept)
+    with torch.no_grad(), slot.running(batch):
+        model(input_ids=tokens.unsqueeze(0), position_ids=tokens.unsqueeze(0), use_cache=False)
+    for hook in hooks:
+        hook.remove()
+    layers = model.config.num_hidden_layers
+    if len(kept.shapes) != layers:
+        raise BadRequest(
+            f"{type(model).__name__} has {layers} layers, of which only {len(kept.shapes)} keep their state in "
+            "attention. Such a base cannot be served; choose a transformer with attention in every layer."
+        )
+    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
+    return _Probe(sorted(set(linears), key=order.__getitem__), kept.shapes)
+
+
+def _device(text: str) -> torch.device:
+    if text == "auto":
+        return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(text)
+    except RuntimeError as error:
+        raise BadRequest(f"--device {text!r} is not a device; use auto, cpu or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise BadRequest(f"--device {text!r}: this machine has no CUDA device that torch can use.")
+    return device
+
+
+def _dtype(text: str, config: Any) -> torch.dtype:
+    if text != "auto":
+        if text not in _DTYPES:
+            raise BadRequest(f"--dtype {text!r} is not one of auto, {', '.join(_DTYPES)}.")
+        return _DTYPES[text]
+    saved = getattr(config, "dtype", None)
+    saved = getattr(torch, saved) if isinstance(saved, str) else saved
+    return saved if saved in _DTYPES.values() else torch.bfloat16
+
+
+def _fingerprint(model: PreTrainedModel) -> str:
+    """Names the base by its weights: shapes, and a sample of each parameter's values as bfloat16, so that the same
+    checkpoint has the same fingerprint in whatever precision it is loaded."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().reshape(-1)
+        sample = flat[:: max(1, flat.numel() // 1024)].to(torch.bfloat16).cpu().contiguous().view(torch.uint8)
+        digest.update(f"{name} {list(parameter.shape)}\n".encode())
+        digest.update(sample.numpy().tobytes())
+    return digest.hexdigest()

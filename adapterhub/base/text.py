@@ -1,0 +1,71 @@
+"""Text to tokens and back: the base's tokenizer and chat template. Safe to use from any thread, unlike the model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import TemplateError
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from adapterhub.errors import BadRequest
+
+Message = dict[str, Any]
+
+
+class TextCodec:
+    """Works on the tokenizer underneath transformers', whose own `encode` changes state and so is not thread-safe."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._transformers = tokenizer
+        self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
+        self._tokenizer.no_truncation()
+        self._tokenizer.no_padding()
+
+    @property
+    def vocabulary(self) -> int:
+        return self._tokenizer.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def end(self) -> list[int]:
+        """The token that ends a text, if the base has one."""
+        token = self._transformers.eos_token_id
+        return [] if token is None else [token]
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """`special` adds what the base begins a text with, such as a beginning-of-sequence token."""
+        return self._tokenizer.encode(text, add_special_tokens=special).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def render(self, messages: list[Message], *, reply: bool) -> str:
+        """The conversation as the base's chat template writes it; with `reply`, up to where the assistant begins.
+
+        Raises BadRequest when the base has no template, or the template refuses the conversation.
+        """
+        if self._transformers.chat_template is None:
+            raise BadRequest("This base has no chat template. Use /v1/completions with a plain prompt.")
+        try:
+            return self._transformers.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+        except (TemplateError, TypeError, KeyError) as error:
+            raise BadRequest(f"The base's chat template refuses these messages: {error}", param="messages") from error
+
+    def chat(self, messages: list[Message]) -> list[int]:
+        """The tokens of a conversation, up to where the assistant begins to reply."""
+        return self.encode(self.render(messages, reply=True))
+
+    def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
+        return Detokenizer(self._tokenizer, list(prompt))
+
+
+class Detokenizer:
+    """Turns tokens into text one by one; a character made of several tokens comes with its last."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
+        self._tokenizer = tokenizer
+        self._stream = DecodeStream(ids=prompt[-8:], skip_special_tokens=True)
+
+    def push(self, token: int) -> str:
+        return self._stream.step(self._tokenizer, token) or ""

@@ -1,0 +1,82 @@
+"""The one configuration of a server: frozen, every default in one place; the CLI reads its defaults from here."""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from adapterhub.errors import BadRequest
+
+MIB = 1024**2
+_UNITS = {"": 1, "K": 1024, "M": MIB, "G": 1024**3, "T": 1024**4}
+
+
+def parse_bytes(text: str) -> int:
+    """`"512MiB"`, `"2G"`, `"1048576"` as a number of bytes (binary units)."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]?)(?:i?B)?\s*", text, flags=re.IGNORECASE)
+    if match is None:
+        raise BadRequest(f"{text!r} is not a size. Write a number with an optional unit, as in 512MiB or 2GiB.")
+    return int(float(match[1]) * _UNITS[match[2].upper()])
+
+
+def format_bytes(count: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    value = float(count)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1024
+    return f"{value:.1f} TiB"
+
+
+def cache_dir() -> Path:
+    """Where converted bases are kept: `$XDG_CACHE_HOME/adapterhub`, by default `~/.cache/adapterhub`."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapterhub"
+
+
+def default_data_dir() -> Path:
+    """Where a server keeps its users' data: `$XDG_DATA_HOME/adapterhub`, by default `~/.local/share/adapterhub`."""
+    return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "adapterhub"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What a server is started with. Sizes are bytes; a size of None is chosen when the device is known."""
+
+    data_dir: Path
+    base: str = "smollm2-135m-instruct"
+    base_name: str | None = None
+    host: str = "127.0.0.1"
+    port: int = 8000
+    device: str = "auto"
+    dtype: str = "auto"
+
+    device_bytes: int | None = None  # the pool; None: 512 MiB on a CPU, a quarter of the free memory on a GPU
+    ram_bytes: int | None = None  # the host tier; None: 0 on a CPU, whose pool is RAM already; 2 GiB with a GPU
+    disk_bytes: int = 64 * 1024 * MIB  # block files
+    kv_bytes: int | None = None  # the KV cache; None: 256 MiB on a CPU, half of the free memory on a GPU
+    max_file_bytes: int = 512 * MIB  # one upload
+
+    max_batch: int = 32  # sequences that run at once
+    max_step_tokens: int = 256  # tokens of one forward: decode rows first, prompt chunks with what is left
+    train_micro_tokens: int = 256  # tokens of one training micro-step; bounds how long a new request waits for it
+    serve_share: float = 0.7  # of the device's time while both requests and a training job want it
+    load_threads: int = 2  # block files read at once
+
+    @property
+    def database(self) -> Path:
+        return self.data_dir / "hub.db"
+
+    @property
+    def blobs_dir(self) -> Path:
+        return self.data_dir / "blobs"
+
+    @property
+    def uploads_dir(self) -> Path:
+        return self.data_dir / "uploads"
+
+    @property
+    def admin_key_file(self) -> Path:
+        return self.data_dir / "admin.key"

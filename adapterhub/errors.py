@@ -1,0 +1,103 @@
+"""Every error a caller can meet, in one tree. Each class knows its HTTP status, OpenAI `type` and default `code`.
+
+    HubError
+    ├── BadRequest 400
+    │   ├── InvalidAdapter        a PEFT adapter that is malformed, empty, not finite, or of the wrong shape
+    │   ├── UnsupportedAdapter    an adapter that a block cannot express (DoRA, biases, ...)
+    │   ├── WrongBase             made for another base model
+    │   ├── ContextLengthExceeded the prompt, or prompt plus max_tokens, does not fit
+    │   └── InvalidTrainingFile   names the line and the reason
+    ├── Unauthorized 401
+    ├── Forbidden 403
+    ├── NotFound 404
+    ├── TooLarge 413
+    ├── ServerFault 500
+    │   └── BlockDamaged          a block file is missing, truncated or does not match its digest
+    ├── Unavailable 503
+    └── StorageFull 507
+
+A message names the value, the limit and what to do about it; it is shown to users as it is.
+"""
+
+from __future__ import annotations
+
+
+class HubError(Exception):
+    status = 500
+    type = "server_error"
+    code: str | None = "internal_error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        if code is not None:
+            self.code = code
+
+
+class BadRequest(HubError):
+    status = 400
+    type = "invalid_request_error"
+    code = "invalid_value"
+
+
+class InvalidAdapter(BadRequest):
+    code = "invalid_adapter"
+
+
+class UnsupportedAdapter(BadRequest):
+    code = "unsupported_adapter"
+
+
+class WrongBase(BadRequest):
+    code = "wrong_base"
+
+
+class ContextLengthExceeded(BadRequest):
+    code = "context_length_exceeded"
+
+
+class InvalidTrainingFile(BadRequest):
+    code = "invalid_training_file"
+
+
+class Unauthorized(HubError):
+    status = 401
+    type = "invalid_request_error"
+    code = "invalid_api_key"
+
+
+class Forbidden(HubError):
+    status = 403
+    type = "invalid_request_error"
+    code = "insufficient_permissions"
+
+
+class NotFound(HubError):
+    status = 404
+    type = "invalid_request_error"
+    code = "not_found"
+
+
+class TooLarge(HubError):
+    status = 413
+    type = "invalid_request_error"
+    code = "request_too_large"
+
+
+class ServerFault(HubError):
+    pass
+
+
+class BlockDamaged(ServerFault):
+    code = "block_damaged"
+
+
+class Unavailable(HubError):
+    status = 503
+    code = "unavailable"
+
+
+class StorageFull(HubError):
+    status = 507
+    code = "storage_full"

@@ -1,0 +1,333 @@
+"""Where each version is, and how it gets to the device: pool, host RAM, disk.
+
+`acquire` pins a version for one request and starts its way to the device if it is not there; `poll` completes what the
+reading threads have brought; `release` unpins. Nothing here waits for a disk. All state belongs to the engine's thread;
+the threads only read files into memory that was set aside for them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import OrderedDict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from adapterhub.config import format_bytes
+from adapterhub.errors import HubError, Unavailable, WrongBase
+from adapterhub.swap.allocator import aligned
+from adapterhub.swap.block import BlockMeta, block_path, check_digest, damaged, read_header, read_payload
+from adapterhub.swap.layout import Factors
+from adapterhub.swap.policy import Span, plan_room, plan_shrink
+from adapterhub.swap.pool import Extent, Pool
+
+
+class Tier(StrEnum):
+    DEVICE = "device"
+    RAM = "ram"
+    DISK = "disk"
+    BASE = "base"  # no adapter at all
+
+
+class AdapterRef(NamedTuple):
+    """Names a version to the engine: plain data, as the registry has it."""
+
+    version: str
+    digest: str
+    nbytes: int
+
+
+@dataclass
+class Resident:
+    """A block in the pool, or on its way there. `factors` (views into the pool by target) is None until it arrived."""
+
+    digest: str
+    extent: Extent
+    found: Tier
+    factors: dict[str, Factors] | None = None
+    error: HubError | None = None
+    pins: int = 0
+    last_use: float = 0.0
+    load_ms: float = 0.0
+    condemned: bool = False  # evict as soon as nobody uses it
+
+
+@dataclass
+class Hold:
+    """One request's pin on one version, and where the version was found."""
+
+    resident: Resident
+    tier: Tier
+
+    @property
+    def ready(self) -> bool:
+        return self.resident.factors is not None
+
+    @property
+    def factors(self) -> dict[str, Factors]:
+        """Target name -> views of its A and B in the pool; valid until the hold is released."""
+        assert self.resident.factors is not None, "the adapter has not arrived"
+        return self.resident.factors
+
+    @property
+    def error(self) -> HubError | None:
+        return self.resident.error
+
+    @property
+    def load_ms(self) -> float:
+        return 0.0 if self.tier is Tier.DEVICE else self.resident.load_ms
+
+
+class HostBlock(NamedTuple):
+    meta: BlockMeta
+    payload: torch.Tensor
+
+
+class Arrival(NamedTuple):
+    """What a reading thread brings: the block in host memory, and views of where it lies, or will lie, in the pool."""
+
+    block: HostBlock
+    factors: dict[str, Factors]
+
+
+@dataclass
+class Counters:
+    """Since the start: how often a version was found in each tier, and what moved."""
+
+    hits: dict[Tier, int] = field(default_factory=lambda: {t: 0 for t in (Tier.DEVICE, Tier.RAM, Tier.DISK)})
+    evictions: int = 0
+    loaded_bytes: int = 0
+
+
+class Tiers:
+    """`wake` is called from a reading thread when a load has ended, so that the engine comes to `poll`."""
+
+    def __init__(
+        self,
+        pool: Pool,
+        blobs: Path,
+        fingerprint: str,
+        *,
+        ram_bytes: int,
+        load_threads: int,
+        wake: Callable[[], None],
+    ) -> None:
+        self.pool = pool
+        self.blobs = blobs
+        self.fingerprint = fingerprint
+        self.ram_bytes = ram_bytes
+        self.counters = Counters()
+        self._wake = wake
+        self._residents: dict[str, Resident] = {}
+        self._loading: dict[str, Future[Arrival]] = {}
+        self._host: OrderedDict[str, HostBlock] = OrderedDict()  # least recently used first
+        self._verified: set[str] = set()
+        self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="adapterhub-read")
+
+    # -- what requests do
+
+    def acquire(self, ref: AdapterRef) -> Hold | None:
+        """Pins `ref`, starting a load if it is not on the device. None when there is no room before others release.
+
+        Raises Unavailable when it could never fit.
+        """
+        resident = self._residents.get(ref.digest)
+        if resident is not None:
+            tier = Tier.DEVICE if resident.factors is not None else resident.found
+        else:
+            resident = self._start_load(ref)
+            if resident is None:
+                return None
+            tier = resident.found
+        self.counters.hits[tier] += 1
+        resident.pins += 1
+        resident.last_use = time.monotonic()
+        return Hold(resident, tier)
+
+    def release(self, hold: Hold) -> None:
+        resident = hold.resident
+        resident.pins -= 1
+        resident.last_use = time.monotonic()
+        if resident.pins == 0 and resident.condemned and resident.error is None:
+            self._evict(resident)
+
+    def poll(self) -> None:
+        """Takes in the loads that have ended. A failed one leaves its error with the requests that wait for it."""
+        for digest in [d for d, future in self._loading.items() if future.done()]:
+            self._arrive(self._residents[digest], self._loading.pop(digest))
+
+    # -- what operators do
+
+    def evict(self, digest: str) -> bool:
+        """Takes a block off the device and out of RAM. False when requests still use it: it goes when they end."""
+        self._host.pop(digest, None)
+        resident = self._residents.get(digest)
+        if resident is None:
+            return True
+        resident.condemned = True
+        if resident.pins or digest in self._loading:
+            return False
+        self._evict(resident)
+        return True
+
+    def tier_of(self, digest: str) -> Tier:
+        resident = self._residents.get(digest)
+        if resident is not None and resident.factors is not None:
+            return Tier.DEVICE
+        return Tier.RAM if digest in self._host else Tier.DISK
+
+    def stats(self) -> dict[str, Any]:
+        on_device = [r for r in self._residents.values() if r.factors is not None]
+        return {
+            "device": {
+                "budget_bytes": self.pool.allocator.capacity,
+                "used_bytes": self.pool.allocator.used_bytes,
+                "largest_free_bytes": self.pool.allocator.largest_free,
+                "adapters": len(on_device),
+                "pinned": sum(1 for r in on_device if r.pins),
+                "hits": self.counters.hits[Tier.DEVICE],
+                "evictions": self.counters.evictions,
+            },
+            "ram": {
+                "budget_bytes": self.ram_bytes,
+                "used_bytes": self._host_bytes(),
+                "adapters": len(self._host),
+                "hits": self.counters.hits[Tier.RAM],
+            },
+            "disk": {"loads": self.counters.hits[Tier.DISK], "loaded_bytes": self.counters.loaded_bytes},
+        }
+
+    def check_integrity(self, pins: int = 0) -> None:
+        """Raises AssertionError unless extents, residents and pins (`pins` in all) agree."""
+        self.pool.allocator.check_integrity()
+        size = self.pool.dtype.itemsize
+        held = sum(aligned(r.extent.numel * size) for r in self._residents.values())
+        assert held == self.pool.allocator.used_bytes, "an extent has no resident, or a resident no extent"
+        assert sum(r.pins for r in self._residents.values()) == pins, "pins leaked"
+        assert self._host_bytes() <= self.ram_bytes, "the host tier is over its budget"
+
+    def close(self) -> None:
+        self._readers.shutdown(wait=True, cancel_futures=True)
+
+    # -- how it is done
+
+    def _start_load(self, ref: AdapterRef) -> Resident | None:
+        if ref.nbytes > self.pool.allocator.capacity:
+            raise Unavailable(
+                f"This adapter has {format_bytes(ref.nbytes)}; the device pool of this server holds "
+                f"{format_bytes(self.pool.allocator.capacity)}. Ask the operator to raise --device-bytes.",
+                code="adapter_too_large",
+            )
+        extent = self._make_room(ref.nbytes)
+        if extent is None:
+            return None
+        host = self._host.get(ref.digest)
+        resident = Resident(ref.digest, extent, Tier.DISK if host is None else Tier.RAM)
+        self._residents[ref.digest] = resident
+        started = time.perf_counter()
+
+        def load() -> Arrival:
+            try:
+                return self._load(ref, extent, host)
+            finally:
+                resident.load_ms = (time.perf_counter() - started) * 1e3
+
+        future = self._readers.submit(load)
+        self._loading[ref.digest] = future
+        future.add_done_callback(lambda _: self._wake())
+        return resident
+
+    def _make_room(self, nbytes: int) -> Extent | None:
+        numel = nbytes // self.pool.dtype.itemsize
+        extent = self.pool.allocate(numel)
+        if extent is not None:
+            return extent
+        victims = plan_room(self._spans(), aligned(nbytes))
+        if victims is None:
+            return None
+        for digest in victims:
+            self._evict(self._residents[digest])
+            self.counters.evictions += 1
+        return self.pool.allocate(numel)
+
+    def _spans(self) -> list[Span]:
+        size = self.pool.dtype.itemsize
+        spans = [Span(start, length) for start, length in self.pool.allocator.free_extents]
+        for r in self._residents.values():
+            busy = r.pins > 0 or r.digest in self._loading
+            spans.append(Span(r.extent.start * size, aligned(r.extent.numel * size), r.digest, r.last_use, busy))
+        return sorted(spans)
+
+    def _evict(self, resident: Resident) -> None:
+        del self._residents[resident.digest]
+        self.pool.release(resident.extent)
+        if resident.digest in self._host:
+            self._host.move_to_end(resident.digest)
+
+    def _load(self, ref: AdapterRef, extent: Extent, host: HostBlock | None) -> Arrival:
+        """In a reading thread. On a CPU the payload is read, or copied from RAM, into its extent; with a GPU it is
+        read into pinned memory, from where the engine's thread starts the copy."""
+        on_cpu = self.pool.device.type == "cpu"
+        if host is None:
+            path = block_path(self.blobs, ref.digest)
+            keep = self.ram_bytes > 0 or not on_cpu
+            out = torch.empty(extent.numel, dtype=self.pool.dtype, pin_memory=not on_cpu) if keep else None
+            target = self.pool.view(extent) if out is None else out
+            host = HostBlock(self._read(path, ref, target), target)
+        if on_cpu and host.payload.data_ptr() != self.pool.view(extent).data_ptr():
+            self.pool.copy_in(extent, host.payload)
+        views = host.meta.layout.all_factors(self.pool.view(extent), host.meta.rank)
+        return Arrival(host, {target.name: factors for target, factors in views})
+
+    def _read(self, path: Path, ref: AdapterRef, out: torch.Tensor) -> BlockMeta:
+        try:
+            file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error)) from error
+        with file:
+            header = read_header(file, path)
+            if header.meta.fingerprint != self.fingerprint:
+                raise WrongBase(
+                    f"This adapter was made for base {header.meta.fingerprint[:12]}; this server runs base "
+                    f"{self.fingerprint[:12]}. Start the server with the other base, or train the adapter again."
+                )
+            if header.meta.dtype != out.dtype or header.meta.nbytes != ref.nbytes:
+                raise damaged(path, f"it holds {header.meta.nbytes} bytes of {header.meta.dtype}")
+            read_payload(file, path, header, out)
+        if ref.digest not in self._verified:  # once per file and start
+            check_digest(path, header, out, ref.digest)
+            self._verified.add(ref.digest)
+        return header.meta
+
+    def _arrive(self, resident: Resident, future: Future[Arrival]) -> None:
+        try:
+            block, factors = future.result()
+        except Exception as error:  # whatever a reader met is the waiting requests' to hear
+            resident.error = error if isinstance(error, HubError) else Unavailable(f"The adapter did not load: {error}")
+            self._evict(resident)
+            return
+        if self.pool.device.type != "cpu":
+            self.pool.copy_in(resident.extent, block.payload)
+        if resident.found is Tier.DISK:
+            self.counters.loaded_bytes += block.meta.nbytes
+            if self.ram_bytes > 0 and not resident.condemned:
+                self._keep_in_ram(resident.digest, block)
+        resident.factors = factors
+        if resident.condemned and not resident.pins:
+            self._evict(resident)
+
+    def _keep_in_ram(self, digest: str, block: HostBlock) -> None:
+        if block.meta.nbytes > self.ram_bytes:
+            return
+        self._host[digest] = block
+        sizes = [(key, entry.meta.nbytes) for key, entry in self._host.items()]
+        for key in plan_shrink(sizes, self._host_bytes() - self.ram_bytes):
+            del self._host[key]
+
+    def _host_bytes(self) -> int:
+        return sum(entry.meta.nbytes for entry in self._host.values())
