@@ -5,8 +5,8 @@ swap-in is one positioned read into the memory it is used from. The metadata say
 the rank, and the PEFT configuration to hand back. An imported adapter that 16 bits or the folded scale would not give
 back bit for bit also keeps its original tensors, after the payload; serving never reads them.
 
-The digest covers metadata and payload; the file is named by it. Source of the container format: safetensors (an 8-byte
-little-endian length, a JSON header that may be padded with blanks, then the tensors).
+The digest covers metadata, payload and originals; the file is named by it. Source of the container format: safetensors
+(an 8-byte little-endian length, a JSON header that may be padded with blanks, then the tensors).
 """
 
 from __future__ import annotations
@@ -92,8 +92,12 @@ class Block:
     source: Mapping[str, torch.Tensor] | None = None
 
     @cached_property
+    def source_bytes(self) -> bytes:
+        return save_safetensors(dict(self.source)) if self.source else b""
+
+    @cached_property
     def digest(self) -> str:
-        return _digest(self.meta, self.payload)
+        return _digest(self.meta, self.payload, hashlib.sha256(self.source_bytes).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -110,13 +114,11 @@ class BlockHeader:
 def write_block(block: Block, directory: Path) -> Path:
     """Writes `block` as `directory/<digest>.block`, synced before it has its name. Returns the path.
 
+    A file of that name is replaced: it holds the same block, unless it was damaged, and then this mends it.
     Raises StorageFull when there is no room; nothing is left behind then.
     """
     path = block_path(directory, block.digest)
-    if path.exists():
-        return path
-    payload = _bytes(block.payload)
-    source = save_safetensors(dict(block.source)) if block.source else b""
+    payload, source = _bytes(block.payload), block.source_bytes
     tensors: dict[str, Any] = {
         "block": {
             "dtype": DTYPE_NAMES[block.meta.dtype],
@@ -162,10 +164,10 @@ def read_header(file: BinaryIO, path: Path) -> BlockHeader:
         whole = source["data_offsets"][1] if source else end
         if size != 8 + length + whole:
             raise ValueError(f"it has {size} bytes instead of {8 + length + whole}")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise damaged(path, str(error)) from error
-    source_at = 8 + length + end if source else None
-    return BlockHeader(meta, metadata["digest"], 8 + length, source_at, metadata["source_digest"])
+        source_at = 8 + length + end if source else None
+        return BlockHeader(meta, metadata["digest"], 8 + length, source_at, metadata["source_digest"])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        raise damaged(path, f"its header is not whole ({error})") from error
 
 
 def read_payload(file: BinaryIO, path: Path, header: BlockHeader, out: torch.Tensor) -> None:
@@ -181,7 +183,7 @@ def read_payload(file: BinaryIO, path: Path, header: BlockHeader, out: torch.Ten
 
 def check_digest(path: Path, header: BlockHeader, payload: torch.Tensor, named: str) -> None:
     """Raises BlockDamaged unless the numbers are the ones that the file's name and header promise."""
-    found = _digest(header.meta, payload)
+    found = _digest(header.meta, payload, header.source_digest)
     if not found == header.digest == named:
         raise damaged(path, f"its digest is {found[:12]}, not {named[:12]}")
 
@@ -191,7 +193,7 @@ def read_block(path: Path) -> Block:
     try:
         file = path.open("rb")
     except OSError as error:
-        raise damaged(path, str(error)) from error
+        raise damaged(path, error.strerror or str(error)) from error
     with file:
         header = read_header(file, path)
         payload = torch.empty(header.meta.layout.numel(header.meta.rank), dtype=header.meta.dtype)
@@ -219,7 +221,7 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())
 
 
-def _digest(meta: BlockMeta, payload: torch.Tensor) -> str:
-    digest = hashlib.sha256(meta.json.encode())
+def _digest(meta: BlockMeta, payload: torch.Tensor, source_digest: str) -> str:
+    digest = hashlib.sha256(f"{meta.json}\n{source_digest}\n".encode())
     digest.update(_bytes(payload))
     return digest.hexdigest()

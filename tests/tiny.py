@@ -1,0 +1,228 @@
+"""Tiny random models, adapters made by PEFT, and an engine to serve them: the real thing, small."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPTNeoXConfig,
+    LlamaConfig,
+    MistralConfig,
+    PhiConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from adapterhub.base.engine import Engine
+from adapterhub.base.model import Base, prepare_base
+from adapterhub.base.request import Output, Request, Sampling
+from adapterhub.config import Config
+from adapterhub.swap import peft
+from adapterhub.swap.block import Block, write_block
+from adapterhub.swap.tiers import AdapterRef
+
+CPU = torch.device("cpu")
+VOCABULARY = 160
+WINDOW = 12  # of the families with a sliding window
+_SHAPE: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": 0,
+    "tie_word_embeddings": False,
+}
+_GROUPED = {**_SHAPE, "num_key_value_heads": 2}
+
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_GROUPED),
+    "qwen2": Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
+    "mistral": MistralConfig(**_GROUPED, sliding_window=WINDOW),
+    "gemma": GemmaConfig(**_GROUPED, head_dim=16),
+    "gemma2": Gemma2Config(
+        **_GROUPED, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=20.0
+    ),
+    "gpt_neox": GPTNeoXConfig(**_SHAPE),
+    "phi": PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
+}
+
+
+def tiny_model(family: str | PreTrainedConfig = "llama", *, seed: int = 0) -> PreTrainedModel:
+    """A random fp32 model. Its weights are larger than an initialisation's, so that attention looks somewhere and every
+    bias and norm matters."""
+    config = copy.deepcopy(FAMILIES[family] if isinstance(family, str) else family)
+    generator = torch.Generator().manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            noise = torch.empty(parameter.shape).normal_(generator=generator)
+            parameter.add_(noise * 0.1) if parameter.ndim == 1 else parameter.copy_(noise * 0.2)
+    model.tie_weights()
+    return model
+
+
+def tiny_base(family: str | PreTrainedConfig = "llama", *, seed: int = 0) -> Base:
+    return serving_twin(tiny_model(family, seed=seed))
+
+
+def serving_twin(model: PreTrainedModel) -> Base:
+    """A base with the weights of `model`, which stays as it is."""
+    return prepare_base("tiny", copy.deepcopy(model), None, CPU)
+
+
+def prompt_of(length: int, seed: int = 0) -> list[int]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+
+
+# -- adapters
+
+
+def peft_model(model: PreTrainedModel, *, seed: int = 0, size: float = 0.3, **config: Any) -> PeftModel:
+    """PEFT's own model around a copy of `model`, with a random adapter whose B is not zero."""
+    fields = {"r": 4, "lora_alpha": 6, "target_modules": "all-linear", "task_type": "CAUSAL_LM", **config}
+    wrapped = get_peft_model(copy.deepcopy(model), LoraConfig(**fields)).eval()
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "lora_" in name:
+                parameter.copy_(torch.empty(parameter.shape).normal_(0, size, generator=generator))
+    return wrapped
+
+
+def saved(wrapped: PeftModel, directory: Path) -> tuple[bytes, bytes]:
+    """adapter_config.json and adapter_model.safetensors, as PEFT's `save_pretrained` writes them."""
+    wrapped.save_pretrained(directory)
+    return (directory / peft.CONFIG_FILE).read_bytes(), (directory / peft.WEIGHTS_FILE).read_bytes()
+
+
+def encoded(files: tuple[bytes, bytes], base: Base) -> Block:
+    config, weights = files
+    return peft.encode(peft.read_config(config), weights, base.layout, base.fingerprint, base.dtype)
+
+
+def stored(block: Block, blobs: Path) -> AdapterRef:
+    """Writes a block where an engine with these `blobs` finds it."""
+    blobs.mkdir(parents=True, exist_ok=True)
+    write_block(block, blobs)
+    return AdapterRef(block.digest[:8], block.digest, block.meta.nbytes)
+
+
+def make_ref(model: PreTrainedModel, base: Base, directory: Path, *, seed: int = 0, **config: Any) -> AdapterRef:
+    """A random adapter made by PEFT, imported and stored in `directory / "blobs"`."""
+    files = saved(peft_model(model, seed=seed, **config), directory / f"peft-{seed}")
+    return stored(encoded(files, base), directory / "blobs")
+
+
+# -- an engine
+
+
+class Client:
+    """An engine, and what it answered: one list of outputs for each request."""
+
+    def __init__(self, base: Base, config: Config) -> None:
+        self._outputs: dict[str, list[Output]] = {}
+        self._news = threading.Condition()
+        self.engine = Engine(base, config, self._take)
+
+    def _take(self, outputs: list[Output]) -> None:
+        with self._news:
+            for output in outputs:
+                self._outputs.setdefault(output.request, []).append(output)
+            self._news.notify_all()
+
+    def submit(self, name: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> str:
+        fields = {"temperature": 0.0, "max_tokens": 8, **sampling}
+        self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter))
+        return name
+
+    def outputs(self, name: str) -> list[Output]:
+        with self._news:
+            return list(self._outputs.get(name, []))
+
+    def wait_for(self, name: str, tokens: int) -> None:
+        """Returns when a request has produced `tokens` tokens, or has ended."""
+        with self._news:
+            done = self._news.wait_for(
+                lambda: len(found := self._outputs.get(name, [])) >= tokens or (found and found[-1].last), timeout=60
+            )
+        assert done, f"{name} does not get on: {self.outputs(name)}"
+
+    def result(self, name: str) -> list[Output]:
+        """All outputs of a request, once it has ended."""
+        with self._news:
+            done = self._news.wait_for(lambda: (found := self._outputs.get(name)) and found[-1].last, timeout=60)
+        assert done, f"{name} does not end: {self.outputs(name)}"
+        return self.outputs(name)
+
+    def tokens(self, name: str) -> list[int]:
+        """The tokens of a request that must not fail."""
+        outputs = self.result(name)
+        assert outputs[-1].error is None, outputs[-1].error
+        return [o.token for o in outputs if o.token is not None]
+
+    def error(self, name: str) -> Any:
+        """The error of a request that must fail."""
+        error = self.result(name)[-1].error
+        assert error is not None, f"{name} was answered"
+        return error
+
+    def ask(self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> list[int]:
+        """Submits and waits."""
+        return self.tokens(self.submit(f"ask-{len(self._outputs)}", prompt, adapter, **sampling))
+
+    def check_integrity(self) -> None:
+        self.engine.check_integrity().result(timeout=60)
+
+
+def kv_bytes(base: Base, blocks: int) -> int:
+    return blocks * 16 * sum(s.numel for s in base.kv_shapes.values()) * base.dtype.itemsize
+
+
+@contextmanager
+def serving(base: Base, directory: Path, **config: Any) -> Iterator[Client]:
+    """A started engine whose blocks lie in `directory / "blobs"`. Checks at the end that nothing has leaked."""
+    (directory / "blobs").mkdir(exist_ok=True)
+    fields = {"kv_bytes": kv_bytes(base, 64), "device_bytes": 1024**2, "ram_bytes": 0, **config}
+    client = Client(base, Config(data_dir=directory, **fields))
+    client.engine.start()
+    try:
+        yield client
+        client.check_integrity()
+    finally:
+        client.engine.stop()
+
+
+# -- oracles
+
+
+def full_logits(model: torch.nn.Module, tokens: Sequence[int]) -> torch.Tensor:
+    """[len(tokens), vocabulary], by the model's own forward."""
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([list(tokens)]), use_cache=False).logits[0]
+
+
+def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
+    """transformers' `generate`."""
+    ids = torch.tensor([list(prompt)])
+    out = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
+    )
+    return out[0, len(prompt) :].tolist()
