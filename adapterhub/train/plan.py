@@ -12,7 +12,7 @@ from adapterhub.swap.layout import Layout
 
 MAX_RANK = 64
 _LEARNING_RATE = 2e-3  # times learning_rate_multiplier
-_AUTO_STEPS = 80  # small data sets are repeated until they make about that many optimizer steps
+_AUTO_STEPS = 60  # small data sets are repeated until they make about that many optimizer steps
 _LIMITS: dict[str, tuple[type, float, float]] = {
     "n_epochs": (int, 1, 100),
     "batch_size": (int, 1, 256),
@@ -65,12 +65,12 @@ def check_hyperparameters(given: Mapping[str, Any], base: Layout) -> None:
         if name not in _LIMITS:
             raise BadRequest(f"{where} is not known. Known are {', '.join([*_LIMITS, 'targets'])}.", param=where)
         kind, low, high = _LIMITS[name]
-        numeric = isinstance(value, int | float) and not isinstance(value, bool) and (kind is float or float(value).is_integer())
-        if value in (None, "auto"):
+        if value is None or value == "auto":
             continue
-        if not numeric or not low <= value <= high:
-            what = "a whole number" if kind is int else "a number"
-            raise BadRequest(f'{where} is {value!r}; it must be "auto" or {what} from {low:g} to {high:g}.', param=where)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not low <= value <= high or (kind is int and value != int(value)):
+            what = f"{'a whole number' if kind is int else 'a number'} from {low:g} to {high:g}"
+            raise BadRequest(f'{where} is {str(value)[:80]}; it must be "auto" or {what}.', param=where)
 
 
 def make_plan(given: Mapping[str, Any], seed: int, examples: int, base: Layout) -> Plan:
@@ -96,7 +96,7 @@ def target_layout(plan: Plan, base: Layout) -> Layout:
 
 
 def _targets(given: Any, base: Layout) -> tuple[str, ...]:
-    if given in (None, "auto", "all"):
+    if given is None or given in ("auto", "all"):
         return ()
     known = sorted({t.name.rpartition(".")[2] for t in base.targets})
     if not isinstance(given, list) or not given or not all(g in known for g in given):

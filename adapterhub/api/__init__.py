@@ -1,0 +1,1 @@
+"""The HTTP side: OpenAI's routes, adapters, administration, keys, streams and errors."""

@@ -1,0 +1,36 @@
+"""`/admin`: what an operator sees and steers. Needs an admin key."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+
+from adapterhub.api.adapters import adapter_objects
+from adapterhub.api.auth import Admin
+from adapterhub.api.hub import TheHub
+
+router = APIRouter(prefix="/admin", tags=["admin"])
+
+
+@router.get("/tiers")
+def tiers(hub: TheHub, caller: Admin) -> dict[str, Any]:
+    """Budgets and use of each tier, and the engine's load."""
+    stats = hub.engine.stats().result()
+    stats["tiers"]["disk"] |= {"budget_bytes": hub.config.disk_bytes, "used_bytes": hub.registry.disk_used()}
+    base = {"name": hub.base.name, "fingerprint": hub.base.fingerprint, "bytes": hub.base.nbytes}
+    return {"base": {**base, "device": str(hub.base.device)}, **stats}
+
+
+@router.get("/adapters")
+def adapters(hub: TheHub, caller: Admin) -> dict[str, Any]:
+    """Every owner's adapters."""
+    return {"object": "list", "data": adapter_objects(hub, hub.registry.versions()), "has_more": False}
+
+
+@router.post("/adapters/{adapter_id}/evict")
+def evict(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
+    """Takes all versions of an adapter off the device and out of RAM. Those in use follow when their requests end."""
+    versions = hub.registry.adapter(None, adapter_id)
+    gone = [hub.engine.evict(v.digest).result() for v in versions]
+    return {"id": adapter_id, "object": "adapter", "evicted": all(gone), "in_use": gone.count(False)}

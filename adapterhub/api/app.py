@@ -1,0 +1,116 @@
+"""The FastAPI application around a hub: routes, the one error handler, request ids and body limits."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import AsyncIterator, Mapping
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from adapterhub import __version__
+from adapterhub.api import adapters, admin, chat, completions, files, jobs, models
+from adapterhub.api.hub import opened
+from adapterhub.base.model import Base
+from adapterhub.config import MIB, Config, format_bytes
+from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, TooLarge
+
+log = logging.getLogger(__name__)
+MAX_BODY = 8 * MIB  # of anything that is not an upload
+UPLOADS = ("/v1/files", "/v1/adapters")
+
+
+def create_app(config: Config, base: Base) -> FastAPI:
+    """The server for one base; its hub opens when the application starts, and closes when it ends."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with opened(config, base) as hub:
+            app.state.hub = hub
+            yield
+
+    app = FastAPI(title="AdapterHub", version=__version__, lifespan=lifespan)
+    for module in (files, jobs, models, chat, completions, adapters, admin):
+        app.include_router(module.router)
+
+    @app.get("/healthz", include_in_schema=False)
+    async def healthz() -> JSONResponse:
+        alive = app.state.hub.engine.alive
+        return JSONResponse({"status": "ok" if alive else "engine down"}, 200 if alive else 503)
+
+    app.add_exception_handler(HubError, _on_hub_error)
+    app.add_exception_handler(RequestValidationError, _on_invalid)
+    app.add_exception_handler(HTTPException, _on_http)
+    app.add_exception_handler(Exception, _on_bug)
+    app.add_middleware(Envelope, max_upload=config.max_file_bytes + MIB)
+    return app
+
+
+def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> JSONResponse:
+    return JSONResponse(error.body, error.status, headers)
+
+
+async def _on_hub_error(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HubError)
+    return _answer(error)
+
+
+async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    where = ".".join(str(part) for part in first["loc"] if part != "body")
+    if first["type"] == "json_invalid":
+        return _answer(BadRequest(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json"))
+    return _answer(BadRequest(f"{where or 'The body'}: {first['msg']}.", param=where or None))
+
+
+async def _on_http(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    if isinstance(error.__cause__, HubError):  # raised while the body was read
+        return _answer(error.__cause__)
+    if error.status_code == 404:
+        return _answer(NotFound(f"There is no {request.method} {request.url.path}.", code="unknown_url"))
+    known = BadRequest(f"{error.detail} ({request.method} {request.url.path}).", code="bad_request")
+    known.status = error.status_code
+    return _answer(known, error.headers)
+
+
+async def _on_bug(request: Request, error: Exception) -> JSONResponse:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(ServerFault("The server met an unexpected error. Its log says more."))
+
+
+class Envelope:
+    """Gives every answer an `x-request-id`, and refuses bodies over the limit while they arrive."""
+
+    def __init__(self, app: ASGIApp, max_upload: int) -> None:
+        self.app = app
+        self.max_upload = max_upload
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        limit = self.max_upload if scope["path"].startswith(UPLOADS) else MAX_BODY
+        request_id = f"req-{secrets.token_hex(12)}".encode()
+        received = 0
+
+        async def limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > limit:
+                raise TooLarge(f"The request is larger than the {format_bytes(limit)} that are taken here.")
+            return message
+
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+            await send(message)
+
+        await self.app(scope, limited, labelled)

@@ -1,0 +1,113 @@
+"""`/v1/chat/completions`."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+
+from adapterhub.api.auth import Caller
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer, while_connected
+from adapterhub.api.hub import TheHub
+from adapterhub.api.models import find_model
+from adapterhub.api.streaming import Chunk, stream
+from adapterhub.errors import BadRequest
+from adapterhub.swap.database import now
+
+router = APIRouter(prefix="/v1/chat", tags=["inference"])
+
+
+class ContentPart(BaseModel):
+    type: str
+    text: str | None = None
+
+
+class ChatMessage(BaseModel):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: str | list[ContentPart] | None = None
+    tool_calls: list[Any] | None = None
+
+    def plain(self, at: int) -> dict[str, str]:
+        """As a chat template reads it. Raises BadRequest for what is not text."""
+        where = f"messages.{at}"
+        if self.tool_calls:
+            raise BadRequest(f"{where}.tool_calls is not supported yet.", param=where, code="unsupported_parameter")
+        if self.content is None:
+            raise BadRequest(f"{where} needs a content.", param=where)
+        if isinstance(self.content, str):
+            return {"role": self.role, "content": self.content}
+        other = [part.type for part in self.content if part.type != "text" or part.text is None]
+        if other:
+            raise BadRequest(f"{where} has a {other[0]!r} part; only text is supported by this base.", param=where)
+        return {"role": self.role, "content": "".join(part.text or "" for part in self.content)}
+
+
+class ChatRequest(GenerationRequest):
+    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+    response_format: dict[str, Any] | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    modalities: list[str] | None = None
+    audio: dict[str, Any] | None = None
+
+    def refuse_unsupported(self) -> None:
+        text_only = self.response_format is None or self.response_format.get("type") == "text"
+        self.check(
+            logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
+            response_format=not text_only,
+            tools=self.tools,
+            tool_choice=self.tool_choice not in (None, "none", "auto"),
+            functions=self.functions,
+            modalities=self.modalities not in (None, ["text"]),
+            audio=self.audio,
+        )
+
+
+@router.post("/completions", response_model=None)
+async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Request) -> Response:
+    body.refuse_unsupported()
+    model = find_model(hub, caller, body.model)
+    messages = [message.plain(at) for at, message in enumerate(body.messages)]
+    prompt = await asyncio.to_thread(hub.codec.chat, messages)
+    most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
+    generation = Generation(hub, model, prompt, body.sampling(most), body.stops)
+    head = {
+        "id": f"chatcmpl-{generation.id}",
+        "created": now(),
+        "model": model.name,
+        "system_fingerprint": model.system_fingerprint,
+    }
+    if not body.stream:
+        answer = await while_connected(request, _whole(generation, head))
+        return answer or Response(status_code=499)
+    if await while_connected(request, generation.started()) is None:
+        return Response(status_code=499)
+    head |= {"object": "chat.completion.chunk"} | ({"usage": None} if body.wants_usage else {})
+
+    def chunk_of(piece: Piece) -> Chunk:
+        delta = {"content": piece.text} if piece.text else {}
+        return {**head, "choices": [_choice(piece.finish, delta=delta)]}
+
+    opening = {**head, "choices": [_choice(None, delta={"role": "assistant", "content": ""})]}
+    closing = [lambda: {**head, "choices": [], "usage": generation.usage}] if body.wants_usage else []
+    return stream(generation, [opening], chunk_of, closing)
+
+
+async def _whole(generation: Generation, head: dict[str, Any]) -> JSONResponse:
+    answer = await generation.whole()
+    message = {"role": "assistant", "content": answer.text, "refusal": None}
+    choice = _choice(answer.finish, message=message)
+    body = {**head, "object": "chat.completion", "choices": [choice], "usage": generation.usage}
+    return JSONResponse(body, headers=generation.headers)
+
+
+def _choice(finish: str | None, **content: Any) -> dict[str, Any]:
+    return {"index": 0, **content, "logprobs": None, "finish_reason": finish}

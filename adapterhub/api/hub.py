@@ -1,0 +1,134 @@
+"""Everything a running server consists of, put together once and taken apart in order. No globals."""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from adapterhub.api.auth import KeyStore
+from adapterhub.base.engine import Engine
+from adapterhub.base.model import Base
+from adapterhub.base.request import Output
+from adapterhub.base.request import Request as EngineRequest
+from adapterhub.base.text import TextCodec
+from adapterhub.config import Config
+from adapterhub.errors import BadRequest, Unavailable
+from adapterhub.swap.database import Database
+from adapterhub.swap.registry import Registry, Version
+from adapterhub.train.files import FileStore
+from adapterhub.train.jobs import JobStore
+from adapterhub.train.worker import Worker
+
+log = logging.getLogger(__name__)
+ADMIN_OWNER = "admin"
+
+
+class Hub:
+    """Opens the data directory and the engine on a loaded base. Raises BadRequest when another server has it open."""
+
+    def __init__(self, config: Config, base: Base) -> None:
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(config.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.") from error
+        self.config = config
+        self.base = base
+        self.codec = TextCodec(base.tokenizer)
+        self.database = Database(config.database)
+        self.keys = KeyStore(self.database)
+        self.files = FileStore(self.database, config.uploads_dir)
+        self.registry = Registry(self.database, config.blobs_dir, config.disk_bytes)
+        self.jobs = JobStore(self.database)
+        self._streams: dict[str, asyncio.Queue[Output]] = {}
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self.engine = Engine(base, config, self._deliver)
+        self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
+
+    def start(self) -> None:
+        """Within the event loop that will serve."""
+        self._loop = asyncio.get_running_loop()
+        removed = self.files.clean_up() + self.registry.clean_up()
+        if removed:
+            log.info("removed %d files that an interrupted write had left", removed)
+        self._make_admin_key()
+        self.engine.start()
+        self.worker.start()
+
+    def stop(self) -> None:
+        self.worker.stop()
+        self.engine.stop()
+        self.database.close()
+        os.close(self._lock)
+
+    async def run(self, request: EngineRequest) -> AsyncGenerator[Output]:
+        """The outputs of one request as they come. Leaving the iteration early cancels it.
+
+        Raises ContextLengthExceeded, or whatever the request failed with.
+        """
+        outputs: asyncio.Queue[Output] = asyncio.Queue()
+        self._streams[request.id] = outputs
+        done = False
+        try:
+            if not self.engine.alive:
+                raise Unavailable("The engine is not running; the server needs a restart.")
+            self.engine.submit(request)
+            while not done:
+                output = await outputs.get()
+                done = output.last
+                if output.error is not None:
+                    raise output.error
+                yield output
+        finally:
+            del self._streams[request.id]
+            if not done:
+                self.engine.cancel(request.id)
+
+    def forget(self, versions: Iterable[Version]) -> None:
+        """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""
+        for version in versions:
+            self.engine.evict(version.digest)
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        """On the engine's thread: hands a step's outputs to the event loop in one call."""
+        assert self._loop is not None
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._spread, outputs)
+
+    def _spread(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            if (stream := self._streams.get(output.request)) is not None:
+                stream.put_nowait(output)
+
+    def _make_admin_key(self) -> None:
+        """On a first start: a key for the operator, in a file that only they can read."""
+        path = self.config.admin_key_file
+        path.touch(mode=0o600)
+        if not path.read_text().strip():
+            path.write_text(self.keys.create(ADMIN_OWNER, admin=True) + "\n")
+
+
+def of_request(request: Request) -> Hub:
+    return request.app.state.hub
+
+
+TheHub = Annotated[Hub, Depends(of_request)]
+
+
+@asynccontextmanager
+async def opened(config: Config, base: Base) -> AsyncIterator[Hub]:
+    hub = Hub(config, base)
+    hub.start()
+    try:
+        yield hub
+    finally:
+        await asyncio.to_thread(hub.stop)

@@ -1,0 +1,99 @@
+"""Uploaded files: a row in the database, the bytes under `uploads/` by the file's id. Every look-up is by owner."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import sqlite_utils
+from sqlite_utils import Migrations
+
+from adapterhub.errors import BadRequest, NotFound
+from adapterhub.swap.database import Database, Row, new_id, now
+from adapterhub.swap.files import remove_partials, stream_durably, sync_directory
+
+PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
+migrations = Migrations("adapterhub.files")
+
+
+@migrations()
+def create_files(db: sqlite_utils.Database) -> None:
+    db.execute("""
+        create table files (
+            id text primary key, owner text not null, filename text not null, purpose text not null,
+            bytes integer not null, created_at integer not null)
+    """)
+    db.execute("create index files_by_owner on files (owner, created_at)")
+
+
+@dataclass(frozen=True)
+class StoredFile:
+    id: str
+    owner: str
+    filename: str
+    purpose: str
+    bytes: int
+    created_at: int
+
+
+class FileStore:
+    """Safe to use from any thread."""
+
+    def __init__(self, database: Database, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        database.migrate(migrations)
+        self._database = database
+        self._directory = directory
+
+    def add(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
+        """Stores an upload; when it returns, the file survives a crash. Raises BadRequest or StorageFull."""
+        if purpose not in PURPOSES:
+            raise BadRequest(f"purpose is {purpose!r}; use one of {', '.join(PURPOSES)}.", param="purpose")
+        identity = new_id("file")
+        size = stream_durably(self.path(identity), chunks)
+        if size == 0:
+            self._remove(identity)
+            raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
+        shown = re.sub(r"[\x00-\x1f\x7f]", "", filename.replace("\\", "/").rpartition("/")[2])[:255] or "file"
+        stored = StoredFile(identity, owner, shown, purpose, size, now())
+        self._database.insert("files", vars(stored))
+        return stored
+
+    def get(self, owner: str, identity: str) -> StoredFile:
+        row = self._database.row("select * from files where id = ? and owner = ?", (identity, owner))
+        if row is None:
+            raise NotFound(f"You have no file {identity[:80]!r}. `GET /v1/files` lists yours.", param="id")
+        return StoredFile(**row)
+
+    def list(self, owner: str) -> Iterable[StoredFile]:
+        """The owner's files, the newest first."""
+        rows: Iterable[Row] = self._database.rows(
+            "select * from files where owner = ? order by created_at desc, rowid desc", (owner,)
+        )
+        return [StoredFile(**row) for row in rows]
+
+    def delete(self, owner: str, identity: str) -> None:
+        self.get(owner, identity)
+        with self._database.transaction() as db:
+            db.table("files").delete(identity)
+        self._remove(identity)
+
+    def path(self, identity: str) -> Path:
+        """Where the bytes of a file lie; `identity` is one that this store made, never a caller's text."""
+        return self._directory / identity
+
+    def clean_up(self) -> int:
+        """Removes bytes that no row names, as a kill may have left them; returns how many files that were."""
+        removed = remove_partials(self._directory)
+        named = {row["id"] for row in self._database.rows("select id from files")}
+        for path in self._directory.iterdir():
+            if path.name not in named:
+                path.unlink()
+                removed += 1
+        return removed
+
+    def _remove(self, identity: str) -> None:
+        self.path(identity).unlink(missing_ok=True)
+        sync_directory(self._directory)
