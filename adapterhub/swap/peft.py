@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -32,7 +33,11 @@ FINGERPRINT_KEY = "adapterhub_base"  # in the metadata of weights that were expo
 MAX_RANK = 256
 _PREFIX = "base_model.model."
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
-_PATTERN_SECONDS = 1.0  # for one regular expression of a user's over one module name
+_MAX_CONFIG = 1024**2  # bytes; it is kept in the header of the block
+_LARGEST = 1e9  # of a rank or an alpha
+# What a user's pattern may be made of. Counted repetitions and recursion would let a few bytes take all of the memory.
+_PATTERN = regex.compile(r"(?:[\w.*+?^$|)\[\]\\-]|\((?!\?)|\(\?:){1,256}")
+_PATTERN_SECONDS = 5.0  # for all the keys of a pattern over all module names
 
 # Keys of adapter_config.json that do not change what the saved tensors mean, or that `_check_config` looks at itself.
 _UNDERSTOOD = {
@@ -42,7 +47,7 @@ _UNDERSTOOD = {
     "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config", "target_modules", "task_type",
     "use_rslora",
 }  # fmt: skip
-# Initialisations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) train against a changed one.
+# Initialisations that leave the base as it is; the others (pissa, olora, corda, loftq, ...) change it beforehand.
 _PLAIN_INITS = {True, False, "gaussian", "eva", "orthogonal", None}
 _NAMES = {
     "use_dora": "DoRA",
@@ -70,22 +75,22 @@ def encode(config: Mapping[str, Any], weights: bytes, base: Layout, fingerprint:
         raise WrongBase(f"This adapter was exported for base {origin[:12]}; this server runs base {fingerprint[:12]}.")
     pairs = _pair_up(tensors, base)
     layout = base.subset(pairs)
-    ranks = tuple(_rank_of(pairs[t.name], t.name) for t in layout.targets)
-    scales = tuple(_scale(config, t.name, rank) for t, rank in zip(layout.targets, ranks, strict=True))
+    ranks = _ranks(config, {t.name: pairs[t.name][0].shape[0] for t in layout.targets})
+    scales = _scales(config, ranks)
     meta = BlockMeta(
         fingerprint=fingerprint,
-        rank=max(ranks),
+        rank=max(ranks.values()),
         layout=layout,
-        ranks=ranks,
-        scales=scales,
+        ranks=tuple(ranks.values()),
+        scales=tuple(scales.values()),
         config=dict(config),
         dtype=dtype,
     )
     payload = torch.zeros(layout.numel(meta.rank), dtype=dtype)
-    for (target, factors), rank, scale in zip(layout.all_factors(payload, meta.rank), ranks, scales, strict=True):
+    for target, factors in layout.all_factors(payload, meta.rank):
         a, b = pairs[target.name]
-        factors.a[:rank] = a
-        factors.b[:rank] = b.float().mul(scale).T
+        factors.a[: ranks[target.name]] = a
+        factors.b[: ranks[target.name]] = b.float().mul(scales[target.name]).T
     if not payload.isfinite().all():
         raise InvalidAdapter(f"With its scale folded in, this adapter does not fit into {dtype}: numbers overflow.")
     block = Block(meta, payload)
@@ -118,6 +123,8 @@ def export_files(block: Block) -> dict[str, bytes]:
 
 def read_config(text: bytes) -> dict[str, Any]:
     """Parses adapter_config.json. Raises InvalidAdapter."""
+    if len(text) > _MAX_CONFIG:
+        raise InvalidAdapter(f"{CONFIG_FILE} has {len(text)} bytes; at most {_MAX_CONFIG} are read.")
     try:
         config = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -156,14 +163,14 @@ def _check_config(config: Mapping[str, Any]) -> None:
 
 
 def _read_weights(weights: bytes) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    if weights[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
-        raise InvalidAdapter(
-            "The weights are a pickle (a .bin or .pt file), which is never read, since it can run code. Save the "
-            "adapter with save_pretrained(..., safe_serialization=True) and send adapter_model.safetensors."
-        )
     try:
         tensors = load_safetensors(weights)
     except (SafetensorError, ValueError, KeyError) as error:
+        if weights[:2] in (b"PK", b"\x80\x02", b"\x80\x04", b"\x80\x05"):
+            raise InvalidAdapter(
+                "The weights are a pickle (a .bin or .pt file), which is never read, since it can run code. Save the "
+                "adapter with save_pretrained(..., safe_serialization=True) and send adapter_model.safetensors."
+            ) from error
         raise InvalidAdapter(f"The weights are not a safetensors file: {error}") from error
     header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
     return tensors, header.get("__metadata__") or {}
@@ -180,7 +187,10 @@ def _pair_up(tensors: Mapping[str, torch.Tensor], base: Layout) -> dict[str, tup
             raise InvalidAdapter(f"Tensor {key!r} is {tensor.dtype}; it must be float32, float16 or bfloat16.")
         if not tensor.isfinite().all():
             raise InvalidAdapter(f"Tensor {key!r} has NaN or infinite values. Train the adapter again.")
-        sides.setdefault(match[1], {})[match[2]] = tensor
+        side = sides.setdefault(match[1], {})
+        if match[2] in side:
+            raise InvalidAdapter(f"Module {match[1]!r} has more than one lora_{match[2]}.")
+        side[match[2]] = tensor
     if not sides:
         raise InvalidAdapter("The weights hold no tensors.")
     return {name: _check_pair(name, side, base) for name, side in sides.items()}
@@ -203,40 +213,55 @@ def _check_pair(name: str, side: Mapping[str, torch.Tensor], base: Layout) -> tu
     return a, b
 
 
-def _rank_of(pair: tuple[torch.Tensor, torch.Tensor], name: str) -> int:
-    rank = pair[0].shape[0]
-    if not 1 <= rank <= MAX_RANK:
-        raise InvalidAdapter(f"Module {name!r} has rank {rank}; ranks from 1 to {MAX_RANK} can be served.")
-    return rank
+def _ranks(config: Mapping[str, Any], found: Mapping[str, int]) -> dict[str, int]:
+    """Module name -> rank: what the tensors have, which must be what the configuration says."""
+    expected = _pattern_values(config.get("rank_pattern") or {}, config["r"], found)
+    for name, rank in found.items():
+        if not 1 <= rank <= MAX_RANK:
+            raise InvalidAdapter(f"Module {name!r} has rank {rank}; ranks from 1 to {MAX_RANK} can be served.")
+        if expected[name] != rank:
+            raise InvalidAdapter(f"Module {name!r} has rank {rank}, but {CONFIG_FILE} has {expected[name]}.", param="r")
+    return dict(found)
 
 
-def _scale(config: Mapping[str, Any], name: str, rank: int) -> float:
-    expected = _pattern_value(config.get("rank_pattern") or {}, name, config["r"])
-    if expected != rank:
-        raise InvalidAdapter(f"Module {name!r} has rank {rank}, but {CONFIG_FILE} says {expected}.", param="r")
-    alpha = _pattern_value(config.get("alpha_pattern") or {}, name, config["lora_alpha"])
-    return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+def _scales(config: Mapping[str, Any], ranks: Mapping[str, int]) -> dict[str, float]:
+    """Module name -> what its delta is multiplied with."""
+    alphas = _pattern_values(config.get("alpha_pattern") or {}, config["lora_alpha"], ranks)
+    return {name: alphas[name] / (math.sqrt(r) if config.get("use_rslora") else r) for name, r in ranks.items()}
 
 
-def _pattern_value(pattern: Mapping[str, float], name: str, default: float) -> float:
-    """PEFT's rule: the first key that matches the end of the module's name, as a regular expression."""
-    for key, value in pattern.items():
+def _pattern_values(pattern: Mapping[str, float], default: float, names: Iterable[str]) -> dict[str, float]:
+    """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
+    deadline = time.monotonic() + _PATTERN_SECONDS
+    values = dict.fromkeys(names, default)
+    for key, value in reversed(pattern.items()):  # so that the first has the last word
+        if _PATTERN.fullmatch(key) is None:
+            raise InvalidAdapter(
+                f"The pattern {key[:80]!r} cannot be used: it may have up to 256 letters, digits and . * + ? | ( ) [ ] "
+                "^ $ \\ -, without counts as in {2} and extensions as in (?...)."
+            )
         try:
-            if regex.match(rf"(.*\.)?({key})$", name, timeout=_PATTERN_SECONDS):
-                return value
-        except (regex.error, TimeoutError) as error:
+            if time.monotonic() > deadline:
+                raise TimeoutError("the patterns take too long")
+            ending = regex.compile(rf"(.*\.)?({key})$")
+            for name in values:
+                if ending.match(name, timeout=max(deadline - time.monotonic(), 1e-3)):
+                    values[name] = value
+        except (regex.error, RecursionError, TimeoutError) as error:
             raise InvalidAdapter(f"The pattern {key[:80]!r} cannot be used: {error}") from error
-    return default
+    return values
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _LARGEST
 
 
 def _same(left: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> bool:
     def equal(key: str) -> bool:  # in every bit, so that -0.0 is not 0.0
         one, other = left[key], right[key]
-        return one.dtype == other.dtype and torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+        if (one.dtype, one.shape) != (other.dtype, other.shape):
+            return False
+        return torch.equal(one.reshape(-1).view(torch.uint8), other.reshape(-1).view(torch.uint8))
 
     return left.keys() == right.keys() and all(map(equal, left))
 
