@@ -192,7 +192,9 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.filterwarnings(
-    "ignore:`lora_bias=True` was passed but", "ignore:Setting `save_embedding_layers` to `True`"
+    "ignore:`lora_bias=True` was passed but",
+    "ignore:Setting `save_embedding_layers` to `True`",
+    "ignore:Adapter 'default'. 2 LoRA tensor",
 )
 @pytest.mark.parametrize("case", REFUSED)
 def test_what_a_block_cannot_hold_is_refused_by_name(
