@@ -36,7 +36,7 @@ from adapterhub.swap.tiers import AdapterRef
 CPU = torch.device("cpu")
 VOCABULARY = 160
 WINDOW = 12  # of the families with a sliding window
-_SHAPE: dict[str, Any] = {
+SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
     "hidden_size": 32,
     "intermediate_size": 48,
@@ -48,19 +48,19 @@ _SHAPE: dict[str, Any] = {
     "pad_token_id": 0,
     "tie_word_embeddings": False,
 }
-_GROUPED = {**_SHAPE, "num_key_value_heads": 2}
+GROUPED = {**SHAPE, "num_key_value_heads": 2}
 
 FAMILIES: dict[str, PreTrainedConfig] = {
-    "llama": LlamaConfig(**_GROUPED),
-    "qwen2": Qwen2Config(**_GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
-    "qwen3": Qwen3Config(**_GROUPED, head_dim=16),
-    "mistral": MistralConfig(**_GROUPED, sliding_window=WINDOW),
-    "gemma": GemmaConfig(**_GROUPED, head_dim=16),
+    "llama": LlamaConfig(**GROUPED),
+    "qwen2": Qwen2Config(**GROUPED, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1),
+    "qwen3": Qwen3Config(**GROUPED, head_dim=16),
+    "mistral": MistralConfig(**GROUPED, sliding_window=WINDOW),
+    "gemma": GemmaConfig(**GROUPED, head_dim=16),
     "gemma2": Gemma2Config(
-        **_GROUPED, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=20.0
+        **GROUPED, head_dim=16, sliding_window=WINDOW, attn_logit_softcapping=2.0, final_logit_softcapping=20.0
     ),
-    "gpt_neox": GPTNeoXConfig(**_SHAPE),
-    "phi": PhiConfig(**_SHAPE, partial_rotary_factor=0.5),
+    "gpt_neox": GPTNeoXConfig(**SHAPE),
+    "phi": PhiConfig(**SHAPE, partial_rotary_factor=0.5),
 }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from adapterhub.base.batch import Batch, Slot, Span
 from adapterhub.base.embedded import base_name, base_path
@@ -62,6 +63,7 @@ def load_base(config: Config) -> Base:
     path = base_path(config.base)
     device = _device(config.device)
     try:
+        disable_progress_bar()
         dtype = _dtype(config.dtype, AutoConfig.from_pretrained(path))
         tokenizer = AutoTokenizer.from_pretrained(path)
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
@@ -75,13 +77,16 @@ def load_base(config: Config) -> Base:
 
 def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> Base:
     """Turns a loaded model, in place, into a base that serves."""
+    text = model.config.get_text_config()  # of a model that also sees, the part that speaks
+    if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
+        raise BadRequest(f"{type(model).__name__} attends in chunks, which is not supported. Serve another base.")
     model.requires_grad_(False).eval().to(device)
     slot = take_over_attention(model)
     probe = _probe(model, slot, device)
     layout = multiplex(model, probe.linears, slot)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     if ends is None:
-        ends = model.config.eos_token_id
+        ends = text.eos_token_id
     return Base(
         name=name,
         model=model,
@@ -92,7 +97,7 @@ def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torc
         fingerprint=_fingerprint(model),
         device=device,
         dtype=model.dtype,
-        context=model.config.max_position_embeddings,
+        context=_context(text),
         end_tokens=frozenset([ends] if isinstance(ends, int) else ends or []),
     )
 
@@ -129,7 +134,7 @@ def _probe(model: PreTrainedModel, slot: Slot, device: torch.device) -> _Probe:
         model(input_ids=tokens.unsqueeze(0), position_ids=tokens.unsqueeze(0), use_cache=False)
     for hook in hooks:
         hook.remove()
-    layers = model.config.num_hidden_layers
+    layers = model.config.get_text_config().num_hidden_layers
     if len(kept.shapes) != layers:
         raise BadRequest(
             f"{type(model).__name__} has {layers} layers, of which only {len(kept.shapes)} keep their state in "
@@ -137,6 +142,15 @@ def _probe(model: PreTrainedModel, slot: Slot, device: torch.device) -> _Probe:
         )
     order = {name: i for i, (name, _) in enumerate(model.named_modules())}
     return _Probe(sorted(set(linears), key=order.__getitem__), kept.shapes)
+
+
+def _context(config: Any) -> int:
+    """The longest sequence in tokens. LongRoPE turns every sequence of a forward another way once one of them is longer
+    than the original context, so what one user sends would change what the others get: such a base stays below that."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        return min(config.max_position_embeddings, rope["original_max_position_embeddings"])
+    return config.max_position_embeddings
 
 
 def _device(text: str) -> torch.device:
