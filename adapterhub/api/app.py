@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
@@ -15,6 +16,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub import __version__
 from adapterhub.api import adapters, admin, chat, completions, files, jobs, models
+from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config, format_bytes
@@ -23,6 +25,7 @@ from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, TooLa
 log = logging.getLogger(__name__)
 MAX_BODY = 8 * MIB  # of anything that is not an upload
 UPLOADS = ("/v1/files", "/v1/adapters")
+REQUEST_ID = "adapterhub.request_id"  # in a request's scope
 
 
 def create_app(config: Config, base: Base) -> FastAPI:
@@ -51,28 +54,35 @@ def create_app(config: Config, base: Base) -> FastAPI:
     return app
 
 
-def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> JSONResponse:
-    return JSONResponse(error.body, error.status, headers)
+def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> Response:
+    # in ASCII: a message may quote what no UTF-8 can say, such as half of a surrogate pair
+    return Response(json.dumps(error.body), error.status, headers, media_type="application/json")
 
 
-async def _on_hub_error(_: Request, error: Exception) -> JSONResponse:
+async def _on_hub_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
     return _answer(error)
 
 
-async def _on_invalid(_: Request, error: Exception) -> JSONResponse:
+async def _on_invalid(_: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    where = ".".join(str(part) for part in first["loc"] if part != "body")
     if first["type"] == "json_invalid":
         return _answer(BadRequest(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json"))
-    return _answer(BadRequest(f"{where or 'The body'}: {first['msg']}.", param=where or None))
+    # of a field that can be one of several types, what is wrong with the one that fits best
+    best = max((e for e in error.errors() if e["loc"][:2] == first["loc"][:2]), key=lambda e: len(e["loc"]))
+    where = [str(part) for part in best["loc"][1:]]
+    name = ".".join(part for part in where if part != "str" and "[" not in part)[:200]
+    reason = best["msg"].removeprefix("Value error, ")
+    return _answer(BadRequest(f"{name or 'The body'}: {reason}.", param=name or None))
 
 
-async def _on_http(request: Request, error: Exception) -> JSONResponse:
+async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if isinstance(error.__cause__, HubError):  # raised while the body was read
         return _answer(error.__cause__)
+    if error.__cause__ is not None:
+        return _answer(BadRequest(f"The body cannot be read: {error.__cause__}.", code="invalid_json"))
     if error.status_code == 404:
         return _answer(NotFound(f"There is no {request.method} {request.url.path}.", code="unknown_url"))
     known = BadRequest(f"{error.detail} ({request.method} {request.url.path}).", code="bad_request")
@@ -80,13 +90,16 @@ async def _on_http(request: Request, error: Exception) -> JSONResponse:
     return _answer(known, error.headers)
 
 
-async def _on_bug(request: Request, error: Exception) -> JSONResponse:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return _answer(ServerFault("The server met an unexpected error. Its log says more."))
+async def _on_bug(request: Request, error: Exception) -> Response:
+    request_id = request.scope[REQUEST_ID]
+    log.error("%s %s failed (%s)", request.method, request.url.path, request_id, exc_info=error)
+    # this answer is not made within `Envelope`, which has no part in what went wrong
+    return _answer(ServerFault("The server met an unexpected error. Its log says more."), {"x-request-id": request_id})
 
 
 class Envelope:
-    """Gives every answer an `x-request-id`, and refuses bodies over the limit while they arrive."""
+    """Gives every answer an `x-request-id`, and refuses bodies over the limit while they arrive, and any upload at all
+    from those without a key: a body is read before a route looks at who sends it."""
 
     def __init__(self, app: ASGIApp, max_upload: int) -> None:
         self.app = app
@@ -96,12 +109,15 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        limit = self.max_upload if scope["path"].startswith(UPLOADS) else MAX_BODY
-        request_id = f"req-{secrets.token_hex(12)}".encode()
+        is_upload = scope["path"].startswith(UPLOADS)
+        limit = self.max_upload if is_upload else MAX_BODY
+        request_id = scope[REQUEST_ID] = f"req-{secrets.token_hex(12)}"
         received = 0
 
         async def limited() -> Message:
             nonlocal received
+            if is_upload and received == 0:
+                principal(Request(scope))
             message = await receive()
             received += len(message.get("body", b""))
             if received > limit:
@@ -110,7 +126,7 @@ class Envelope:
 
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id)]
+                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
             await send(message)
 
         await self.app(scope, limited, labelled)

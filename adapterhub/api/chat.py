@@ -54,6 +54,11 @@ class ChatRequest(GenerationRequest):
     tools: list[Any] | None = None
     tool_choice: Any = None
     functions: list[Any] | None = None
+    function_call: Any = None
+    web_search_options: dict[str, Any] | None = None
+    reasoning_effort: str | None = None
+    verbosity: str | None = None
+    store: bool | None = None
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
 
@@ -66,6 +71,11 @@ class ChatRequest(GenerationRequest):
             tools=self.tools,
             tool_choice=self.tool_choice not in (None, "none", "auto"),
             functions=self.functions,
+            function_call=self.function_call not in (None, "none", "auto"),
+            web_search_options=self.web_search_options is not None,
+            reasoning_effort=self.reasoning_effort not in (None, "none"),
+            verbosity=self.verbosity not in (None, "medium"),
+            store=self.store,
             modalities=self.modalities not in (None, ["text"]),
             audio=self.audio,
         )

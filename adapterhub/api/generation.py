@@ -11,6 +11,7 @@ from typing import Annotated, Any, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, Field
 
+from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model
 from adapterhub.base.request import Origin, Sampling
@@ -26,7 +27,7 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class GenerationRequest(BaseModel):
+class GenerationRequest(Body):
     """What chat and plain completions share. `ignore_eos` and `min_tokens` are vLLM's, for load generators."""
 
     model: str

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from pydantic import BaseModel, Field
+from pydantic import Field
 
 from adapterhub.api.auth import Caller
+from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.pages import After, page
 from adapterhub.errors import BadRequest, NotFound
@@ -19,14 +21,14 @@ from adapterhub.train.plan import check_hyperparameters
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
 
-class JobRequest(BaseModel):
+class JobRequest(Body):
     model: str
     training_file: str
     suffix: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     hyperparameters: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
     validation_file: str | None = None
     integrations: list[Any] | None = None
 
@@ -70,7 +72,7 @@ def event_object(event: Event) -> dict[str, Any]:
 
 @router.post("")
 def create(hub: TheHub, caller: Caller, body: JobRequest, request: Request) -> dict[str, Any]:
-    order = _check(hub, caller.owner, body)
+    order = _check(hub, caller.owner, body, request.headers.get("idempotency-key"))
     retried = request.headers.get("x-stainless-retry-count", "0") != "0"  # an SDK says so of its own retries
     job, new = hub.jobs.create(order, retry=retried)
     if new:
@@ -109,7 +111,7 @@ def events(
     return page([event_object(e) for e in hub.jobs.events(job.id)], after, limit)
 
 
-def _check(hub: Hub, owner: str, body: JobRequest) -> Order:
+def _check(hub: Hub, owner: str, body: JobRequest, key: str | None) -> Order:
     """Everything that can be said at once; what is in the file is looked at afterwards."""
     if body.validation_file is not None:
         raise BadRequest("validation_file is not supported yet. Leave it out.", param="validation_file")
@@ -126,7 +128,10 @@ def _check(hub: Hub, owner: str, body: JobRequest) -> Order:
             param="model",
             code="model_not_found",
         )
-    file = hub.files.get(owner, body.training_file)
+    try:
+        file = hub.files.get(owner, body.training_file)
+    except NotFound as error:
+        raise NotFound(error.message, param="training_file") from error
     if file.purpose != "fine-tune":
         raise BadRequest(
             f"File {file.id} was uploaded with purpose {file.purpose!r}; a training file needs 'fine-tune'.",
@@ -143,6 +148,8 @@ def _check(hub: Hub, owner: str, body: JobRequest) -> Order:
         hyperparameters=hyperparameters,
         metadata=body.metadata,
         fingerprint=hub.base.fingerprint,
+        digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
+        key=key,
     )
 
 
@@ -151,8 +158,8 @@ def _of_method(method: dict[str, Any] | None) -> dict[str, Any]:
         return {}
     if method.get("type") != "supervised":
         raise BadRequest(f"method.type is {method.get('type')!r}; only 'supervised' is supported.", param="method.type")
-    inner = method.get("supervised") or {}
-    found = inner.get("hyperparameters") if isinstance(inner, dict) else None
+    inner = method.get("supervised")
+    found = inner.get("hyperparameters") if isinstance(inner, dict) else inner
     if not isinstance(found, dict | None):
-        raise BadRequest("method.supervised.hyperparameters must be an object.", param="method")
+        raise BadRequest("method.supervised and its hyperparameters must be objects.", param="method.supervised")
     return found or {}

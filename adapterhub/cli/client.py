@@ -29,20 +29,23 @@ class Client:
     def __init__(self, url: str, key: str) -> None:
         if not key:
             raise HubError("No API key. Set ADAPTERHUB_API_KEY, or give --api-key.")
-        self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600)
+        try:
+            self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600)
+        except (httpx.InvalidURL, UnicodeEncodeError) as error:
+            raise HubError(f"--url {url!r} or the API key cannot be used: {error}.") from error
         self._url = url
 
     def get(self, path: str, **params: Any) -> Any:
-        return self._ask("GET", path, params=params).json()
+        return _json(self._ask("GET", path, params=params))
 
     def download(self, path: str) -> bytes:
         return self._ask("GET", path).content
 
     def post(self, path: str, **body: Any) -> Any:
-        return self._ask("POST", path, **body).json()
+        return _json(self._ask("POST", path, **body))
 
     def delete(self, path: str) -> Any:
-        return self._ask("DELETE", path).json()
+        return _json(self._ask("DELETE", path))
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer."""
@@ -68,16 +71,27 @@ class Client:
     def _reaching(self) -> Iterator[None]:
         try:
             yield
-        except httpx.TransportError as error:
+        except httpx.RequestError as error:
             message = f"No answer from {self._url} ({error}). Is `adapterhub serve` running, and is --url right?"
             raise HubError(message) from error
+
+
+def _json(answer: httpx.Response) -> Any:
+    try:
+        return answer.json()
+    except ValueError as error:
+        raise _stranger(answer) from error
 
 
 def _error(answer: httpx.Response) -> HubError:
     try:
         return HubError(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
-        return HubError(f"{answer.url} answered {answer.status_code}. Is it an AdapterHub server?")
+        return _stranger(answer)
+
+
+def _stranger(answer: httpx.Response) -> HubError:
+    return HubError(f"{answer.url} answered {answer.status_code}. Is it an AdapterHub server?")
 
 
 def show(value: Any, as_json: bool, columns: Mapping[str, str], title: str = "") -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import sqlite3
 import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from adapterhub import __version__
 from adapterhub.cli import adapters, jobs, users
@@ -50,7 +52,7 @@ def create_key(
     from adapterhub.api.auth import KeyStore
     from adapterhub.swap.database import Database
 
-    database = Database(data_dir / "hub.db")
+    database = Database(data_dir.expanduser() / "hub.db")
     try:
         print(KeyStore(database).create(owner, admin=admin))
     finally:
@@ -61,6 +63,7 @@ def main() -> None:
     """The `adapterhub` command: errors meant for users are one line on stderr, and exit status 1."""
     try:
         app()
-    except HubError as error:
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {error.message}", soft_wrap=True, markup=True)
+    except (HubError, OSError, sqlite3.Error) as error:
+        line = " ".join(str(error).split())
+        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(line)}", soft_wrap=True)
         sys.exit(1)

@@ -6,6 +6,7 @@ import ipaddress
 import logging
 import os
 import socket
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,6 +16,8 @@ from rich.table import Table
 
 from adapterhub.config import Config, default_data_dir, format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
+
+_GRACE_SECONDS = 5  # for answers that are under way when the server is told to stop
 
 
 def _size(text: str | None) -> int | None:
@@ -30,7 +33,7 @@ def serve(
         default_data_dir()  # noqa: B008
     ),
     host: Annotated[str, typer.Option(help="The address to listen on.")] = Config.host,
-    port: Annotated[int, typer.Option(help="The port to listen on; 0 for any free one.")] = Config.port,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any free one.")] = Config.port,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = Config.device,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = Config.dtype,
     device_bytes: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
@@ -89,13 +92,23 @@ def _run(config: Config, listener: socket.socket) -> None:
     app = create_app(config, load_base(config))
 
     class Server(uvicorn.Server):
+        """Opens and closes the application itself, so that what keeps it from starting ends where all errors do."""
+
+        application = AsyncExitStack()
+
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await self.application.enter_async_context(app.router.lifespan_context(app))
             await super().startup(sockets)
             if self.started:
                 _announce(console, app, config, listener.getsockname()[1])
 
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=10, lifespan="on")
-    Server(settings).run(sockets=[listener])
+        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().shutdown(sockets)
+            await self.application.aclose()
+
+    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="off")
+    with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
+        Server(settings).run(sockets=[listener])
 
 
 def _announce(console: Console, app: Any, config: Config, port: int) -> None:

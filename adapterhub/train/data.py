@@ -76,9 +76,12 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes]]:
 
 def _parse(number: int, line: bytes) -> dict[str, Any]:
     try:
-        parsed = json.loads(line)
+        parsed = json.loads(line.decode())
+        json.dumps(parsed, ensure_ascii=False).encode()  # JSON can write half of a surrogate pair, which is no text
     except UnicodeDecodeError as error:
         _refuse(number, f"it is not UTF-8 text ({error.reason} at byte {error.start})")
+    except UnicodeEncodeError as error:
+        _refuse(number, f"a text in it is none ({error.reason})")
     except (ValueError, RecursionError) as error:
         _refuse(number, f"it is not JSON ({error})")
     if not isinstance(parsed, dict):
@@ -97,6 +100,7 @@ def _examples(record: dict[str, Any], number: int, codec: TextCodec) -> Iterator
 
 def _messages(record: dict[str, Any], number: int) -> list[Message]:
     messages = record["messages"]
+    _refuse_tools(record, "it", number)
     if not isinstance(messages, list) or not messages:
         _refuse(number, "'messages' must be a list with at least one message")
     for at, message in enumerate(messages):
@@ -104,7 +108,9 @@ def _messages(record: dict[str, Any], number: int) -> list[Message]:
         if not isinstance(message, dict):
             _refuse(number, f"{where} is not an object")
         if not isinstance(message.get("role"), str) or message["role"] not in _ROLES:
-            _refuse(number, f"{where} has the role {message.get('role')!r}; use one of {', '.join(sorted(_ROLES))}")
+            role = repr(message.get("role"))[:80]
+            _refuse(number, f"{where} has the role {role}; use one of {', '.join(sorted(_ROLES))}")
+        _refuse_tools(message, where, number)
         content = message.get("content")
         if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
             message["content"] = "".join(part["text"] for part in content)
@@ -112,10 +118,16 @@ def _messages(record: dict[str, Any], number: int) -> list[Message]:
             _refuse(number, f"{where} needs a text as 'content'")
         weight = message.get("weight", 1)
         if weight not in (0, 1) or (weight == 0 and message["role"] != "assistant"):
-            _refuse(number, f"{where} has the weight {weight!r}; assistant messages can have 0 or 1")
+            _refuse(number, f"{where} has the weight {repr(weight)[:80]}; assistant messages can have 0 or 1")
     if not any(_is_learned(m) for m in messages):
         _refuse(number, "no assistant message is left to learn from")
     return messages
+
+
+def _refuse_tools(record: dict[str, Any], where: str, number: int) -> None:
+    for key in ("tools", "functions", "tool_calls", "function_call"):
+        if record.get(key):
+            _refuse(number, f"{where} has {key!r}, which cannot be learned yet")
 
 
 def _is_learned(message: Message) -> bool:
@@ -131,8 +143,8 @@ def _chat(messages: list[Message], number: int, codec: TextCodec) -> Iterator[Ex
         for at, message in enumerate(messages):
             if message["role"] != "assistant":
                 continue
-            before = codec.render(plain[:at], reply=True) if at else ""
             after = codec.render(plain[: at + 1], reply=False)
+            before = _before(plain, at, after, codec)
             if not (before.startswith(written) and after.startswith(before)):
                 # the template rewrites earlier turns: teach each turn on its own, as serving would ask for it
                 yield from _turn_by_turn(messages, plain, codec)
@@ -147,14 +159,25 @@ def _chat(messages: list[Message], number: int, codec: TextCodec) -> Iterator[Ex
     yield Example(tokens, learned)
 
 
+def _before(plain: list[Message], at: int, after: str, codec: TextCodec) -> str:
+    """What comes before the words of the assistant's message `at`; `after` ends with them."""
+    if at > 0:
+        return codec.render(plain[:at], reply=True)
+    # serving never asks for a reply to nothing, so there is no prompt to compare with
+    return after[: max(after.rfind(plain[0]["content"].strip()), 0)]
+
+
 def _turn_by_turn(messages: list[Message], plain: list[Message], codec: TextCodec) -> Iterator[Example]:
     for at, message in enumerate(messages):
         if not _is_learned(message):
             continue
-        before = codec.render(plain[:at], reply=True)
         after = codec.render(plain[: at + 1], reply=False)
-        reply = after[len(before) :] if after.startswith(before) else message["content"]
-        prompt, said = codec.encode(before), codec.encode(reply)
+        before = _before(plain, at, after, codec)
+        prompt = codec.encode(before)
+        if after.startswith(before):
+            said = codec.encode(after[len(before) :])
+        else:  # the template writes a reply differently from how it asks for one
+            said = [*codec.encode(message["content"]), *codec.end]
         yield Example(prompt + said, [False] * len(prompt) + [True] * len(said))
 
 

@@ -56,9 +56,12 @@ class FileStore:
         if size == 0:
             self._remove(identity)
             raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
-        shown = re.sub(r"[\x00-\x1f\x7f]", "", filename.replace("\\", "/").rpartition("/")[2])[:255] or "file"
-        stored = StoredFile(identity, owner, shown, purpose, size, now())
-        self._database.insert("files", vars(stored))
+        stored = StoredFile(identity, owner, _plain(filename), purpose, size, now())
+        try:
+            self._database.insert("files", vars(stored))
+        except BaseException:
+            self._remove(identity)
+            raise
         return stored
 
     def get(self, owner: str, identity: str) -> StoredFile:
@@ -97,3 +100,9 @@ class FileStore:
     def _remove(self, identity: str) -> None:
         self.path(identity).unlink(missing_ok=True)
         sync_directory(self._directory)
+
+
+def _plain(filename: str) -> str:
+    """What is shown of a name that a client gave: its last part, without what a terminal or a database may not take."""
+    text = filename.replace("\\", "/").rpartition("/")[2].encode(errors="replace").decode()
+    return re.sub(r"[\x00-\x1f\x7f]", "", text)[:255] or "file"

@@ -41,6 +41,16 @@ def create_jobs(db: sqlite_utils.Database) -> None:
     db.execute("create index events_by_job on events (job)")
 
 
+@migrations()
+def create_requests(db: sqlite_utils.Database) -> None:
+    db.execute("""
+        create table requests (
+            job text primary key references jobs(id) on delete cascade, owner text not null, digest text not null,
+            key text, created_at integer not null, unique (owner, key))
+    """)
+    db.execute("create index requests_by_digest on requests (owner, digest, created_at)")
+
+
 class Status(StrEnum):
     VALIDATING = "validating_files"
     QUEUED = "queued"
@@ -109,6 +119,8 @@ class Order:
     hyperparameters: dict[str, Any]
     metadata: dict[str, str] | None
     fingerprint: str
+    digest: str  # of the request as it came
+    key: str | None  # the caller's `Idempotency-Key`, if there was one
 
 
 class JobStore:
@@ -119,12 +131,13 @@ class JobStore:
         self._database = database
 
     def create(self, order: Order, *, retry: bool) -> tuple[Job, bool]:
-        """Queues a job for validation; with `retry`, gives back the one that an equal, recent request has made.
+        """Queues a job for validation, unless a request with the same key or, with `retry`, an equal and recent one has
+        made one.
 
         Returns the job, and whether it is new.
         """
         with self._database.transaction() as db:
-            if retry and (made := self._equal(order)) is not None:
+            if (made := self._made(order, retry)) is not None:
                 return made, False
             identity = new_id("ftjob")
             suffix = order.suffix or identity.removeprefix("ftjob-")[:8]
@@ -149,6 +162,8 @@ class JobStore:
                     "estimated_finish": None,
                 }
             )
+            request = {"job": identity, "owner": order.owner, "digest": order.digest, "key": order.key}
+            db.table("requests").insert({**request, "created_at": now()})
             self.event(identity, f"Created fine-tuning job: {identity}")
             self.event(identity, f"Validating training file: {order.training_file}")
         return self.get(order.owner, identity), True
@@ -214,22 +229,16 @@ class JobStore:
 
     def cancel(self, owner: str, identity: str) -> Job:
         """Raises BadRequest when the job has ended already."""
+        moved = self.move(self.get(owner, identity), Status.CANCELLED, "The job was cancelled")
         job = self.get(owner, identity)
-        if not self.move(job, Status.CANCELLED, "The job was cancelled"):
+        if not moved:
             raise BadRequest(f"Job {identity} has already {job.status}; it cannot be cancelled.", code="invalid_status")
-        return self.get(owner, identity)
+        return job
 
-    def _equal(self, order: Order) -> Job | None:
+    def _made(self, order: Order, retry: bool) -> Job | None:
         row = self._database.row(
-            """select * from jobs where owner = ? and training_file = ? and model = ? and given_suffix is ?
-               and hyperparameters = ? and created_at >= ? order by created_at desc, rowid desc limit 1""",
-            (
-                order.owner,
-                order.training_file,
-                order.model,
-                order.suffix,
-                json.dumps(order.hyperparameters),
-                now() - _RETRY_SECONDS,
-            ),
+            """select job from requests where owner = ? and (key = ? or (? and digest = ? and created_at >= ?))
+               order by created_at desc, rowid desc limit 1""",
+            (order.owner, order.key, retry, order.digest, now() - _RETRY_SECONDS),
         )
-        return Job.of(row) if row else None
+        return self.get(order.owner, row["job"]) if row else None

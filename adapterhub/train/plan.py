@@ -58,7 +58,7 @@ class Plan:
 def check_hyperparameters(given: Mapping[str, Any], base: Layout) -> None:
     """Raises BadRequest for a value that is out of its limits or of the wrong type. Unknown names are refused too."""
     for name, value in given.items():
-        where = f"hyperparameters.{name}"
+        where = f"hyperparameters.{name[:80]}"
         if name == "targets":
             _targets(value, base)
             continue

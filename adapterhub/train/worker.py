@@ -23,6 +23,7 @@ from adapterhub.train.plan import Plan, make_plan
 from adapterhub.train.trainer import News, Progress, Trained, Trainer
 
 log = logging.getLogger(__name__)
+_PAUSE_SECONDS = 5
 
 
 class Worker:
@@ -73,16 +74,22 @@ class Worker:
                     self._changed.wait()
                 if self._stopping:
                     return
-            job = self._jobs.next(status)
-            if job is None:
-                continue
             try:
-                act(job)
-            except HubError as error:
-                self._jobs.fail(job, error)
-            except Exception as error:
-                log.exception("job %s failed", job.id)
-                self._jobs.fail(job, ServerFault(f"The server met an unexpected error: {error}"))
+                if (job := self._jobs.next(status)) is not None:
+                    self._attempt(job, act)
+            except Exception:  # not even the failure can be written down, as on a full disk
+                log.exception("the jobs cannot be moved along; trying again in %d s", _PAUSE_SECONDS)
+                with self._changed:
+                    self._changed.wait_for(lambda: self._stopping, _PAUSE_SECONDS)
+
+    def _attempt(self, job: Job, act: Callable[[Job], None]) -> None:
+        try:
+            act(job)
+        except HubError as error:
+            self._jobs.fail(job, error)
+        except Exception as error:
+            log.exception("job %s failed", job.id)
+            self._jobs.fail(job, ServerFault(f"The server met an unexpected error: {error}"))
 
     def _recover(self, job: Job) -> None:
         published = self._registry.of_origin(job.owner, job.id)
@@ -141,6 +148,7 @@ class Worker:
                     return heard if heard is None or not self._ended(job.id) else None
                 self._note(job, heard)
         finally:
+            trainer.cancel()  # it goes on by itself when its progress could not be written down
             with self._changed:
                 self._trainer = None
 
