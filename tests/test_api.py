@@ -1,0 +1,607 @@
+"""OpenAI's surface through OpenAI's own SDK, unmodified, and what AdapterHub adds to it."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import io
+import socket
+import threading
+import zipfile
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import openai
+import pytest
+from peft import PeftModel
+from safetensors.torch import load as load_safetensors
+from transformers import AutoTokenizer, PreTrainedModel
+
+from tests.serving import BASE, CONTEXT, SECONDS, PeftFiles, Server, User, chat_lines
+from tests.tiny import greedy
+
+HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
+
+
+@pytest.fixture(scope="session")
+def tokenizer(base_directory: Path) -> Any:
+    return AutoTokenizer.from_pretrained(base_directory)
+
+
+@pytest.fixture(scope="session")
+def hello(tokenizer: Any) -> list[int]:
+    """The tokens of `HELLO` up to the reply, by transformers' own chat template."""
+    return tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> list[Any]:
+    fields = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 12, **options}
+    return list(client.chat.completions.create(stream=True, **fields))
+
+
+def text_of(chunks: list[Any]) -> str:
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+
+# -- files
+
+
+def test_a_file_can_be_created_retrieved_read_and_deleted(user: User) -> None:
+    content = chat_lines()
+    made = user.openai.files.create(file=("märchen.jsonl", content), purpose="fine-tune")
+    assert (made.object, made.bytes, made.filename, made.purpose) == (
+        "file",
+        len(content),
+        "märchen.jsonl",
+        "fine-tune",
+    )
+    assert user.openai.files.wait_for_processing(made.id).status == "processed"
+    assert user.openai.files.retrieve(made.id) == made
+    assert user.openai.files.content(made.id).read() == content
+    deleted = user.openai.files.delete(made.id)
+    assert (deleted.id, deleted.object, deleted.deleted) == (made.id, "file", True)
+    assert user.openai.files.list().data == []
+    with pytest.raises(openai.NotFoundError):
+        user.openai.files.content(made.id)
+
+
+def test_files_are_listed_newest_first_by_page_order_and_purpose(user: User) -> None:
+    made = [user.upload(b"x", name=f"{i}.txt", purpose="user_data") for i in range(5)]
+    tune = user.upload(chat_lines())
+    assert [f.id for f in user.openai.files.list()] == [tune, *made[::-1]]
+    assert [f.id for f in user.openai.files.list(limit=2)] == [tune, *made[::-1]], "the SDK follows the pages"
+    assert [f.id for f in user.openai.files.list(order="asc", limit=4)] == [*made, tune]
+    assert [f.id for f in user.openai.files.list(purpose="fine-tune")] == [tune]
+    first = user.openai.files.list(limit=2)
+    assert first.has_more
+    assert [f.id for f in first.data] == [tune, made[4]]
+    last = user.openai.files.list(after=made[2], limit=2)
+    assert not last.has_more
+    assert [f.id for f in last.data] == [made[1], made[0]]
+
+
+# -- jobs
+
+
+def test_a_job_shows_what_was_asked_for_and_then_what_it_does(user: User) -> None:
+    file = user.upload(chat_lines())
+    method: Any = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": 1, "batch_size": "auto"}}}
+    made = user.openai.fine_tuning.jobs.create(
+        model=BASE, training_file=file, suffix="tone", seed=5, method=method, metadata={"team": "a"}
+    )
+    assert made.object == "fine_tuning.job"
+    assert made.status == "validating_files"
+    assert (made.model, made.training_file, made.seed, made.metadata) == (BASE, file, 5, {"team": "a"})
+    assert (made.organization_id, made.user_provided_suffix) == (user.owner, "tone")
+    assert (made.fine_tuned_model, made.finished_at, made.error, made.result_files) == (None, None, None, [])
+    assert made.hyperparameters.n_epochs == 1
+    done = user.job(made.id, "succeeded")
+    assert done.fine_tuned_model.startswith(f"ft:{BASE}:{user.owner}:tone:")
+    assert done.method.type == "supervised"
+    assert (done.hyperparameters.n_epochs, done.hyperparameters.batch_size) == (1, 4)
+    assert done.created_at <= done.finished_at
+    assert user.openai.fine_tuning.jobs.retrieve(made.id) == done
+
+
+def test_the_deprecated_hyperparameters_at_the_top_count_too(user: User) -> None:
+    job = user.openai.fine_tuning.jobs.create(
+        model=BASE, training_file=user.upload(chat_lines()), hyperparameters={"n_epochs": 2, "batch_size": 12}
+    )
+    done = user.job(job.id, "succeeded")
+    assert (done.hyperparameters.n_epochs, done.hyperparameters.batch_size) == (2, 12)
+    assert done.fine_tuned_model.startswith(f"ft:{BASE}:{user.owner}:{job.id.removeprefix('ftjob-')[:8]}:")
+
+
+def test_jobs_are_listed_newest_first_by_page_and_metadata(user: User) -> None:
+    file = user.upload(chat_lines())
+    jobs = user.openai.fine_tuning.jobs
+    made = [
+        jobs.create(model=BASE, training_file=file, hyperparameters={"n_epochs": 1}, metadata={"team": team}).id
+        for team in ("a", "b", "a", "a")
+    ]
+    assert [j.id for j in jobs.list()] == made[::-1]
+    assert [j.id for j in jobs.list(limit=1)] == made[::-1], "the SDK follows the pages"
+    assert [j.id for j in jobs.list(metadata={"team": "b"})] == [made[1]]
+    page = jobs.list(limit=2, metadata={"team": "a"})
+    assert ([j.id for j in page.data], page.has_more) == ([made[3], made[2]], True)
+    page = jobs.list(after=made[2], limit=2)
+    assert ([j.id for j in page.data], page.has_more) == ([made[1], made[0]], False)
+    for job in made:
+        user.job(job, "succeeded")
+
+
+def test_events_are_listed_newest_first_and_page_by_page(user: User) -> None:
+    job = user.train(chat_lines(), n_epochs=1)
+    user.job(job, "succeeded")
+    jobs = user.openai.fine_tuning.jobs
+    every = jobs.list_events(job, limit=100).data
+    assert every[0].message == "The job has successfully completed"
+    assert every[-1].message == f"Created fine-tuning job: {job}"
+    assert all(e.object == "fine_tuning.job.event" and e.id.startswith("ftevent-") for e in every)
+    assert list(jobs.list_events(job, limit=3)) == every, "the SDK follows the pages"
+    page = jobs.list_events(job, after=every[1].id, limit=2)
+    assert (page.data, page.has_more) == (every[2:4], True)
+
+
+def test_a_retried_creation_makes_one_job_even_when_the_first_is_done(user: User) -> None:
+    request: dict[str, Any] = {"model": BASE, "training_file": user.upload(chat_lines()), "suffix": "once"}
+    jobs = user.openai.fine_tuning.jobs
+    retried = {"x-stainless-retry-count": "1"}
+    made = jobs.create(**request)
+    user.job(made.id, "succeeded")
+    assert jobs.create(**request, extra_headers=retried).id == made.id
+    assert jobs.create(**{**request, "suffix": "twice"}, extra_headers=retried).id != made.id
+    assert jobs.create(**request).id != made.id, "the same again, on purpose"
+    assert len(jobs.list().data) == 3
+
+
+def test_an_idempotency_key_makes_one_job_for_its_owner(server: Server, user: User) -> None:
+    def create(who: User, **more: Any) -> str:
+        file = who.upload(chat_lines())
+        headers = {"Idempotency-Key": "k-1"}
+        jobs = who.openai.fine_tuning.jobs
+        return jobs.create(model=BASE, training_file=file, extra_headers=headers, **more).id
+
+    first = create(user)
+    assert create(user) == first
+    assert create(server.user()) != first
+
+
+def test_the_sdks_own_retry_after_a_lost_answer_makes_one_job(user: User) -> None:
+    file = user.upload(chat_lines())
+    with losing_the_first_answer(user.url) as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key=user.key, max_retries=2, timeout=SECONDS)
+        with client:
+            job = client.fine_tuning.jobs.create(model=BASE, training_file=file)
+    assert [j.id for j in user.openai.fine_tuning.jobs.list()] == [job.id]
+
+
+@contextmanager
+def losing_the_first_answer(url: str) -> Iterator[str]:
+    """A proxy that passes requests on, but hangs up instead of giving the first answer back."""
+    where = urlsplit(url)
+    upstream = (where.hostname, where.port)
+    listener = socket.create_server(("127.0.0.1", 0))
+    lost = threading.Event()
+
+    def pass_on(source: socket.socket, sink: socket.socket, answers: bool) -> None:
+        with suppress(OSError):
+            while data := source.recv(65536):
+                if answers and not lost.is_set():
+                    lost.set()
+                    break
+                sink.sendall(data)
+        for end in (source, sink):
+            with suppress(OSError):
+                end.shutdown(socket.SHUT_RDWR)
+
+    def serve() -> None:
+        with suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(upstream)
+                with closing(client), closing(server):
+                    back = threading.Thread(target=pass_on, args=(server, client, True))
+                    back.start()
+                    pass_on(client, server, False)
+                    back.join()
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
+        thread.join(SECONDS)
+    assert lost.is_set()
+
+
+# -- models
+
+
+def test_models_lists_the_base_first_then_ones_own_and_nothing_else(
+    server: Server, user: User, adapter: PeftFiles
+) -> None:
+    server.user().import_adapter(adapter, "theirs")
+    version = user.import_adapter(adapter, "mine")["versions"][0]["model"]
+    assert [m.id for m in user.openai.models.list()] == [BASE, f"{user.owner}/mine", version]
+    for name in (BASE, f"{user.owner}/mine", version):
+        model = user.openai.models.retrieve(name)
+        assert (model.id, model.object) == (name, "model")
+        assert model.owned_by == ("adapterhub" if name == BASE else user.owner)
+
+
+def test_deleting_a_version_gives_the_name_back_to_the_one_before(
+    user: User, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    alias = f"{user.owner}/mine"
+    user.import_adapter(adapter, "mine")
+    before = user.ask(alias)
+    second = user.import_adapter(other_adapter, "mine")["versions"][0]["model"]
+    assert user.ask(alias) != before
+    deleted = user.openai.models.delete(second)
+    assert (deleted.id, deleted.deleted) == (second, True)
+    assert user.ask(alias) == before
+    with pytest.raises(openai.NotFoundError):
+        user.ask(second)
+
+
+def test_deleting_a_name_deletes_all_its_versions_and_their_files(
+    server: Server, user: User, base_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    stored = server.stored()
+    for seed in (31, 32):
+        user.import_adapter(PeftFiles(base_model, tmp_path / str(seed), seed=seed), "mine")
+    names = [m.id for m in user.openai.models.list()][1:]
+    assert len(names) == 3
+    assert len(server.stored() - stored) == 2
+    user.openai.models.delete(f"{user.owner}/mine")
+    assert [m.id for m in user.openai.models.list()] == [BASE]
+    assert server.stored() == stored
+    for name in names:
+        with pytest.raises(openai.NotFoundError):
+            user.openai.models.retrieve(name)
+
+
+# -- chat completions
+
+
+def test_a_chat_answer_is_what_transformers_generates(
+    user: User, base_model: PreTrainedModel, tokenizer: Any, hello: list[int]
+) -> None:
+    answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, temperature=0, max_tokens=12)
+    choice = answer.choices[0]
+    assert choice.message.content == tokenizer.decode(greedy(base_model, hello, 12))
+    assert (choice.index, choice.message.role, choice.finish_reason) == (0, "assistant", "length")
+    assert (answer.object, answer.model) == ("chat.completion", BASE)
+    assert answer.id.startswith("chatcmpl-")
+    assert answer.usage is not None
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(hello), 12)
+    assert answer.usage.total_tokens == len(hello) + 12
+
+
+def test_a_stream_says_the_same_piece_by_piece(user: User) -> None:
+    whole = user.ask(BASE, max_tokens=12)
+    chunks = streamed(user.openai)
+    assert len(chunks) > 6
+    assert {c.object for c in chunks} == {"chat.completion.chunk"}
+    assert len({c.id for c in chunks}) == 1
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert text_of(chunks) == whole
+    assert [c.choices[0].finish_reason for c in chunks[:-1]] == [None] * (len(chunks) - 1)
+    assert chunks[-1].choices[0].finish_reason == "length"
+
+
+def test_include_usage_adds_one_last_chunk_without_choices(user: User, hello: list[int]) -> None:
+    chunks = streamed(user.openai, stream_options={"include_usage": True})
+    assert all(c.usage is None and len(c.choices) == 1 for c in chunks[:-1])
+    assert chunks[-1].choices == []
+    assert (chunks[-1].usage.prompt_tokens, chunks[-1].usage.completion_tokens) == (len(hello), 12)
+    assert all(c.usage is None for c in streamed(user.openai))
+
+
+def test_a_stream_ends_with_done(user: User) -> None:
+    body = {"model": BASE, "messages": HELLO, "max_tokens": 3, "stream": True}
+    answer = user.http.post("/v1/chat/completions", json=body)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    assert answer.text.endswith("\n\ndata: [DONE]\n\n")
+
+
+def test_a_stop_string_ends_the_text_before_it_wherever_the_tokens_part(user: User) -> None:
+    whole = user.ask(BASE, max_tokens=12)
+    for at in range(5, 20, 3):
+        stop = whole[at : at + 6]
+        cut = whole[: whole.index(stop)]
+        answer = user.openai.chat.completions.create(
+            model=BASE, messages=HELLO, temperature=0, max_tokens=12, stop=stop
+        )
+        assert answer.choices[0].message.content == cut
+        assert answer.choices[0].finish_reason == "stop"
+        chunks = streamed(user.openai, stop=[stop])
+        assert text_of(chunks) == cut, "nothing of the stop string may have been shown"
+        assert chunks[-1].choices[0].finish_reason == "stop"
+
+
+def test_the_stop_string_that_comes_first_wins(user: User) -> None:
+    whole = user.ask(BASE, max_tokens=12)
+    stops = [whole[20:24], "never said", whole[8:12]]
+    assert user.ask(BASE, max_tokens=12, stop=stops) == whole[: min(whole.index(s) for s in (stops[0], stops[2]))]
+
+
+def test_text_held_back_for_a_stop_string_that_does_not_come_is_shown(user: User) -> None:
+    whole = user.ask(BASE, max_tokens=12)
+    almost = [whole[5:12] + "\0", whole[-4:] + "\0"]
+    assert user.ask(BASE, max_tokens=12, stop=almost) == whole
+    assert text_of(streamed(user.openai, stop=almost)) == whole
+
+
+def test_a_seed_gives_the_same_answer_again_and_another_one_does_not(user: User) -> None:
+    def ask(seed: int) -> str:
+        return user.ask(BASE, temperature=1.5, top_p=0.9, seed=seed, max_tokens=16)
+
+    assert ask(1) == ask(1)
+    assert len({ask(seed) for seed in range(4)}) == 4
+
+
+def test_both_names_of_the_token_limit_are_understood(user: User) -> None:
+    for name in ("max_tokens", "max_completion_tokens"):
+        answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, **{name: 5})
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 5
+        assert answer.choices[0].finish_reason == "length"
+
+
+def test_without_a_limit_an_answer_goes_on_to_the_end_of_the_context(user: User) -> None:
+    answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, temperature=0)
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == CONTEXT
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_content_in_parts_and_every_role_are_read_as_text(user: User, tokenizer: Any) -> None:
+    parts: list[Any] = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "Hello "}, {"type": "text", "text": "there"}]},
+        {"role": "assistant", "content": [{"type": "text", "text": "Hi"}]},
+        {"role": "user", "content": "And now?"},
+    ]
+    plain = copy.deepcopy(parts)
+    plain[1]["content"], plain[2]["content"] = "Hello there", "Hi"
+    answers = [
+        user.openai.chat.completions.create(model=BASE, messages=m, temperature=0, max_tokens=6) for m in (parts, plain)
+    ]
+    assert answers[0].choices == answers[1].choices
+    assert answers[0].usage is not None
+    expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+    assert answers[0].usage.prompt_tokens == len(expected)
+
+
+def test_unknown_fields_and_those_that_ask_for_what_is_done_anyway_pass(user: User) -> None:
+    user.ask(
+        BASE,
+        n=1,
+        logprobs=False,
+        response_format={"type": "text"},
+        tool_choice="none",
+        frequency_penalty=0,
+        presence_penalty=0,
+        logit_bias={},
+        user="somebody",
+        metadata={"a": "b"},
+        extra_body={"something_new": {"deep": [1, 2]}},
+    )
+
+
+def test_several_streams_at_once_through_the_async_sdk(user: User, adapter: PeftFiles) -> None:
+    user.import_adapter(adapter, "mine")
+    models = [BASE, f"{user.owner}/mine"] * 3
+    alone = {model: user.ask(model, max_tokens=12) for model in set(models)}
+
+    async def ask(client: openai.AsyncOpenAI, model: str) -> str:
+        stream = await client.chat.completions.create(
+            model=model, messages=HELLO, temperature=0, max_tokens=12, stream=True
+        )
+        return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+    async def together() -> list[str]:
+        async with openai.AsyncOpenAI(base_url=f"{user.url}/v1", api_key=user.key, timeout=SECONDS) as client:
+            return await asyncio.gather(*(ask(client, model) for model in models))
+
+    assert asyncio.run(together()) == [alone[model] for model in models]
+
+
+# -- completions
+
+
+def test_a_prompt_is_a_text_or_its_token_ids(user: User, base_model: PreTrainedModel, tokenizer: Any) -> None:
+    text = "Once upon a time"
+    ids = tokenizer(text).input_ids
+    expected = tokenizer.decode(greedy(base_model, ids, 8))
+    for prompt in (text, ids):
+        answer = user.openai.completions.create(model=BASE, prompt=prompt, temperature=0, max_tokens=8)
+        assert answer.object == "text_completion"
+        assert answer.choices[0].text == expected
+        assert answer.choices[0].finish_reason == "length"
+        assert answer.usage is not None
+        assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (len(ids), 8)
+
+
+def test_several_prompts_get_the_answers_they_get_alone(user: User, tokenizer: Any) -> None:
+    texts = ["Once upon a time", "In the beginning", "Call me"]
+    alone = [user.openai.completions.create(model=BASE, prompt=t, temperature=0, max_tokens=6) for t in texts]
+    for prompts in (texts, [tokenizer(t).input_ids for t in texts]):
+        answer = user.openai.completions.create(model=BASE, prompt=prompts, temperature=0, max_tokens=6)
+        assert [(c.index, c.text) for c in answer.choices] == [(i, a.choices[0].text) for i, a in enumerate(alone)]
+        assert answer.usage is not None
+        assert answer.usage.completion_tokens == 18
+
+
+def test_a_completion_streams_and_has_sixteen_tokens_by_default(user: User) -> None:
+    whole = user.openai.completions.create(model=BASE, prompt="Once", temperature=0)
+    assert whole.usage is not None
+    assert whole.usage.completion_tokens == 16
+    stream = user.openai.completions.create(
+        model=BASE, prompt="Once", temperature=0, stream=True, stream_options={"include_usage": True}
+    )
+    chunks = list(stream)
+    assert "".join(c.choices[0].text for c in chunks[:-1]) == whole.choices[0].text
+    assert chunks[-2].choices[0].finish_reason == "length"
+    assert chunks[-1].usage == whole.usage
+
+
+def test_any_tokens_at_all_become_text(user: User) -> None:
+    """Random tokens are mostly pieces of words, and often pieces of characters."""
+    for seed in range(20):
+        prompt = [(seed * 7919 + i * 104729) % 49152 for i in range(1 + seed)]
+        answer = user.openai.completions.create(model=BASE, prompt=prompt, temperature=2, seed=seed, max_tokens=24)
+        assert answer.choices[0].finish_reason in ("length", "stop")
+
+
+# -- where an answer comes from
+
+
+def test_every_answer_says_which_version_in_which_tier_made_it(server: Server, user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    server.evict(imported["id"])
+    seen = []
+    for model in (BASE, f"{user.owner}/mine", imported["versions"][0]["model"]):
+        raw = user.openai.chat.completions.with_raw_response.create(model=model, messages=HELLO, max_tokens=1)
+        answer = raw.parse()
+        seen.append((raw.headers["x-adapterhub-version"], raw.headers["x-adapterhub-tier"], answer.system_fingerprint))
+        assert float(raw.headers["x-adapterhub-load-ms"]) >= 0
+        assert raw.headers["x-request-id"].startswith("req-")
+        assert answer._request_id == raw.headers["x-request-id"]
+    version, fingerprint = imported["current"], server.hub.base.fingerprint[:10]
+    digest = imported["versions"][0]["digest"][:10]
+    assert seen == [
+        ("base", "base", f"fp_{fingerprint}"),
+        (version, "disk", f"fp_{fingerprint}_{digest}"),
+        (version, "device", f"fp_{fingerprint}_{digest}"),
+    ]
+
+
+def test_a_streamed_answer_says_so_before_its_first_chunk(server: Server, user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    server.evict(imported["id"])
+    raw = user.openai.chat.completions.with_raw_response.create(
+        model=f"{user.owner}/mine", messages=HELLO, max_tokens=3, stream=True
+    )
+    assert (raw.headers["x-adapterhub-tier"], raw.headers["x-adapterhub-version"]) == ("disk", imported["current"])
+    chunks = list(raw.parse())
+    assert {c.system_fingerprint for c in chunks} == {chunks[0].system_fingerprint}
+
+
+def test_an_evicted_adapter_comes_from_disk_and_then_from_the_device(
+    server: Server, user: User, adapter: PeftFiles
+) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    alias = f"{user.owner}/mine"
+    user.ask(alias)
+    assert user.http.get("/v1/adapters").json()["data"][0]["tier"] == "device"
+    answer = server.admin.http.post(f"/admin/adapters/{imported['id']}/evict").json()
+    assert answer == {"id": imported["id"], "object": "adapter", "evicted": True, "in_use": 0}
+    assert user.http.get(f"/v1/adapters/{imported['id']}").json()["tier"] == "disk"
+    assert [user.tier(alias), user.tier(alias)] == ["disk", "device"]
+
+
+def test_an_admin_sees_the_tiers_and_everybodys_adapters(server: Server, user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    found = server.admin.http.get("/admin/adapters").json()["data"]
+    assert imported["id"] in [a["id"] for a in found]
+    tiers = server.admin.http.get("/admin/tiers").json()
+    assert tiers["base"]["name"] == BASE
+    assert tiers["tiers"]["device"]["budget_bytes"] == server.hub.config.device_bytes
+    assert 0 < tiers["tiers"]["disk"]["used_bytes"] <= tiers["tiers"]["disk"]["budget_bytes"]
+
+
+# -- adapters in and out
+
+
+def test_an_imported_adapter_answers_as_peft_does(
+    user: User, adapter: PeftFiles, other_adapter: PeftFiles, tokenizer: Any, hello: list[int]
+) -> None:
+    for files, name in ((adapter, "one"), (other_adapter, "two")):
+        imported = user.import_adapter(files, name)
+        assert imported["warnings"] == []
+        for model in (f"{user.owner}/{name}", imported["versions"][0]["model"]):
+            assert user.ask(model, max_tokens=12) == tokenizer.decode(greedy(files.model, hello, 12))
+    assert user.ask(f"{user.owner}/one") != user.ask(f"{user.owner}/two") != user.ask(BASE)
+
+
+def test_what_is_downloaded_is_what_was_imported_bit_for_bit(user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    answer = user.http.get(f"/v1/adapters/{imported['id']}/download")
+    assert answer.headers["content-disposition"] == 'attachment; filename="mine-v1.zip"'
+    with zipfile.ZipFile(io.BytesIO(answer.content)) as archive:
+        assert sorted(archive.namelist()) == ["adapter_config.json", "adapter_model.safetensors"]
+        found, sent = load_safetensors(archive.read("adapter_model.safetensors")), load_safetensors(adapter.weights)
+    assert found.keys() == sent.keys()
+    assert all(found[key].equal(sent[key]) and found[key].dtype == sent[key].dtype for key in sent)
+
+
+def test_a_trained_adapter_loads_in_peft_and_says_the_same_there(
+    user: User, base_model: PreTrainedModel, tokenizer: Any, hello: list[int], tmp_path: Path
+) -> None:
+    model = user.job(user.train(chat_lines(), suffix="mine"), "succeeded").fine_tuned_model
+    [shown] = user.http.get("/v1/adapters").json()["data"]
+    archive = user.http.get(f"/v1/adapters/{shown['id']}/download").content
+    zipfile.ZipFile(io.BytesIO(archive)).extractall(tmp_path)
+    wrapped = PeftModel.from_pretrained(copy.deepcopy(base_model), tmp_path).eval()
+    answer = user.ask(model, max_tokens=12)
+    assert answer == tokenizer.decode(greedy(wrapped, hello, 12))
+    assert answer != user.ask(BASE, max_tokens=12)
+
+
+def test_a_new_version_takes_the_name_over_and_the_old_one_still_serves(
+    user: User, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    alias = f"{user.owner}/mine"
+    first = user.import_adapter(adapter, "mine")
+    old = first["versions"][0]["model"]
+    said = user.ask(alias)
+    second = user.import_adapter(other_adapter, "mine")
+    assert second["id"] == first["id"]
+    assert [v["number"] for v in second["versions"]] == [2, 1]
+    assert second["current"] == second["versions"][0]["id"]
+    assert user.ask(alias) == user.ask(second["versions"][0]["model"]) != said
+    assert user.ask(old) == said
+    assert len(user.http.get("/v1/adapters").json()["data"]) == 1
+
+
+def test_an_adapter_can_be_deleted_and_its_name_used_again(user: User, adapter: PeftFiles) -> None:
+    first = user.import_adapter(adapter, "mine")
+    user.ask(f"{user.owner}/mine")
+    answer = user.http.delete(f"/v1/adapters/{first['id']}").json()
+    assert answer == {"id": first["id"], "object": "adapter", "deleted": True}
+    assert user.http.get(f"/v1/adapters/{first['id']}").status_code == 404
+    again = user.import_adapter(adapter, "mine")
+    assert again["id"] != first["id"]
+    assert [v["number"] for v in again["versions"]] == [1]
+    assert user.ask(f"{user.owner}/mine")
+
+
+def test_the_same_adapter_of_two_owners_is_one_file_until_both_delete_it(
+    server: Server, user: User, base_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    files = PeftFiles(base_model, tmp_path / "one", seed=41)
+    stored = server.stored()
+    other = server.user()
+    mine, theirs = user.import_adapter(files, "mine"), other.import_adapter(files, "theirs")
+    assert len(server.stored() - stored) == 1
+    said = user.ask(f"{user.owner}/mine")
+    user.http.delete(f"/v1/adapters/{mine['id']}")
+    assert other.ask(f"{other.owner}/theirs") == said
+    other.http.delete(f"/v1/adapters/{theirs['id']}")
+    assert server.stored() == stored
+
+
+def test_an_adapter_that_changes_nothing_is_imported_with_a_warning(
+    user: User, base_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    imported = user.import_adapter(PeftFiles(base_model, tmp_path, size=0.0), "mine")
+    assert imported["warnings"] == ["All of its modules change nothing: A or B is zero"]
+    assert user.ask(f"{user.owner}/mine") == user.ask(BASE)
