@@ -20,7 +20,7 @@ from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config, format_bytes
-from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, TooLarge
+from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, StorageFull, TooLarge
 
 log = logging.getLogger(__name__)
 MAX_BODY = 8 * MIB  # of anything that is not an upload
@@ -72,17 +72,21 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     # of a field that can be one of several types, what is wrong with the one that fits best
     best = max((e for e in error.errors() if e["loc"][:2] == first["loc"][:2]), key=lambda e: len(e["loc"]))
     where = [str(part) for part in best["loc"][1:]]
-    name = ".".join(part for part in where if part != "str" and "[" not in part)[:200]
+    name = ".".join(p for p in where if p not in ("str", "constrained-str") and "[" not in p)[:200]  # less the type
     reason = best["msg"].removeprefix("Value error, ")
     return _answer(BadRequest(f"{name or 'The body'}: {reason}.", param=name or None))
 
 
 async def _on_http(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    if isinstance(error.__cause__, HubError):  # raised while the body was read
-        return _answer(error.__cause__)
-    if error.__cause__ is not None:
-        return _answer(BadRequest(f"The body cannot be read: {error.__cause__}.", code="invalid_json"))
+    cause = error.__cause__  # what happened while the body was read
+    if isinstance(cause, HubError):
+        return _answer(cause)
+    if isinstance(cause, OSError):  # an upload is set aside in a temporary file until it is whole
+        log.error("an upload could not be taken in", exc_info=cause)
+        return _answer(StorageFull("The server has no room to take this in. Try again later, or ask the operator."))
+    if cause is not None:
+        return _answer(BadRequest(f"The body cannot be read: {cause}.", code="invalid_json"))
     if error.status_code == 404:
         return _answer(NotFound(f"There is no {request.method} {request.url.path}.", code="unknown_url"))
     known = BadRequest(f"{error.detail} ({request.method} {request.url.path}).", code="bad_request")
