@@ -215,7 +215,7 @@ class JobStore:
             if self.get(None, job.id).status.final:
                 return False
             if to.final:
-                changes["finished_at"] = now()
+                changes |= {"finished_at": now(), "estimated_finish": None}
             db.table("jobs").update(job.id, {"status": to, **changes})
             self.event(job.id, message, level=level)
         return True

@@ -23,7 +23,7 @@ from adapterhub.train.plan import Plan, make_plan
 from adapterhub.train.trainer import News, Progress, Trained, Trainer
 
 log = logging.getLogger(__name__)
-_PAUSE_SECONDS = 5
+_PAUSE_SECONDS = 2
 
 
 class Worker:
@@ -169,7 +169,7 @@ class Worker:
 
     def _succeed(self, job: Job, version: Version) -> None:
         message = f"New fine-tuned model created: {version.model}"
-        done = self._jobs.move(job, Status.SUCCEEDED, message, fine_tuned_model=version.model, estimated_finish=None)
+        done = self._jobs.move(job, Status.SUCCEEDED, message, fine_tuned_model=version.model)
         if done:
             self._jobs.event(job.id, "The job has successfully completed")
         else:  # cancelled at the last moment
