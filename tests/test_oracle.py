@@ -102,6 +102,7 @@ class Machine:
             Pool(1024**2, self.base.dtype, CPU),
             zoo.directory / "blobs",
             self.base.fingerprint,
+            self.base.layout,
             ram_bytes=0,
             load_threads=1,
             wake=self._arrived.set,

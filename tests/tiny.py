@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import secrets
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -135,58 +136,56 @@ def make_ref(model: PreTrainedModel, base: Base, directory: Path, *, seed: int =
 
 
 class Client:
-    """An engine, and what it answered: one list of outputs for each request."""
+    """An engine, and everything it answered, in order."""
 
     def __init__(self, base: Base, config: Config) -> None:
-        self._outputs: dict[str, list[Output]] = {}
+        self._heard: list[Output] = []
         self._news = threading.Condition()
-        self.engine = Engine(base, config, self._take)
+        self.engine = Engine(base, config, self._hear)
 
-    def _take(self, outputs: list[Output]) -> None:
+    def _hear(self, outputs: list[Output]) -> None:
         with self._news:
-            for output in outputs:
-                self._outputs.setdefault(output.request, []).append(output)
+            self._heard += outputs
             self._news.notify_all()
 
     def submit(self, name: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> str:
+        """Greedy, unless told otherwise. Returns `name`."""
         fields = {"temperature": 0.0, "max_tokens": 8, **sampling}
         self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter))
         return name
 
-    def outputs(self, name: str) -> list[Output]:
+    def heard(self, name: str | None = None) -> list[Output]:
+        """What came so far, of one request or of all."""
         with self._news:
-            return list(self._outputs.get(name, []))
+            return [o for o in self._heard if name in (None, o.request)]
 
-    def wait_for(self, name: str, tokens: int) -> None:
-        """Returns when a request has produced `tokens` tokens, or has ended."""
+    def wait_for(self, name: str, count: int = 10**9) -> list[Output]:
+        """The outputs of a request, once there are `count` or it has ended."""
         with self._news:
             done = self._news.wait_for(
-                lambda: len(found := self._outputs.get(name, [])) >= tokens or (found and found[-1].last), timeout=60
+                lambda: (
+                    len(found := [o for o in self._heard if o.request == name]) >= count or (found and found[-1].last)
+                ),
+                timeout=60,
             )
-        assert done, f"{name} does not get on: {self.outputs(name)}"
-
-    def result(self, name: str) -> list[Output]:
-        """All outputs of a request, once it has ended."""
-        with self._news:
-            done = self._news.wait_for(lambda: (found := self._outputs.get(name)) and found[-1].last, timeout=60)
-        assert done, f"{name} does not end: {self.outputs(name)}"
-        return self.outputs(name)
+        assert done, f"{name} does not get on: {self.heard(name)}"
+        return self.heard(name)
 
     def tokens(self, name: str) -> list[int]:
         """The tokens of a request that must not fail."""
-        outputs = self.result(name)
+        outputs = self.wait_for(name)
         assert outputs[-1].error is None, outputs[-1].error
         return [o.token for o in outputs if o.token is not None]
 
     def error(self, name: str) -> Any:
         """The error of a request that must fail."""
-        error = self.result(name)[-1].error
+        error = self.wait_for(name)[-1].error
         assert error is not None, f"{name} was answered"
         return error
 
     def ask(self, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> list[int]:
         """Submits and waits."""
-        return self.tokens(self.submit(f"ask-{len(self._outputs)}", prompt, adapter, **sampling))
+        return self.tokens(self.submit(f"ask-{secrets.token_hex(4)}", prompt, adapter, **sampling))
 
     def check_integrity(self) -> None:
         self.engine.check_integrity().result(timeout=60)
@@ -205,7 +204,8 @@ def serving(base: Base, directory: Path, **config: Any) -> Iterator[Client]:
     client.engine.start()
     try:
         yield client
-        client.check_integrity()
+        if client.engine.alive:
+            client.check_integrity()
     finally:
         client.engine.stop()
 

@@ -1,0 +1,598 @@
+"""The engine with its real thread, real blocks and a tiny base; greedy answers are compared with `generate`."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import LlamaConfig, PreTrainedModel
+
+from adapterhub.base.model import Base
+from adapterhub.base.request import Finish, Output
+from adapterhub.errors import BlockDamaged, ContextLengthExceeded, ServerFault, Unavailable
+from adapterhub.swap.block import Block, block_path
+from adapterhub.swap.tiers import AdapterRef, Tier
+from tests.tiny import (
+    GROUPED,
+    Client,
+    encoded,
+    full_logits,
+    greedy,
+    kv_bytes,
+    peft_model,
+    prompt_of,
+    saved,
+    serving,
+    serving_twin,
+    stored,
+    tiny_model,
+)
+
+USERS = 8
+
+
+@dataclass
+class Town:
+    """A base, and users who each have an adapter."""
+
+    model: PreTrainedModel
+    base: Base
+    refs: list[AdapterRef]
+    oracles: list[PeftModel]
+    directory: Path
+
+
+@pytest.fixture(scope="module")
+def town(tmp_path_factory: pytest.TempPathFactory) -> Town:
+    directory = tmp_path_factory.mktemp("town")
+    model = tiny_model("llama")
+    town = Town(model, serving_twin(model), [], [], directory)
+    for seed in range(USERS):
+        wrapped = peft_model(model, seed=seed, r=1 + seed % 4, size=0.2)
+        block = encoded(saved(wrapped, directory / f"peft-{seed}"), town.base)
+        town.oracles.append(wrapped)
+        town.refs.append(stored(block, directory / "blobs"))
+    return town
+
+
+@contextmanager
+def held_up(blobs: Path, client: Client) -> Iterator[AdapterRef]:
+    """An adapter whose file is a pipe, which keeps one reader waiting; it fails at the end of the block."""
+    pipe = block_path(blobs, "pipe")
+    os.mkfifo(pipe)
+    ref = AdapterRef("pipe", "pipe", 4)
+    name = client.submit("held up", prompt_of(3), ref)
+    try:
+        yield ref
+        assert client.heard(name) == []
+    finally:
+        with pipe.open("wb"):
+            pass
+        pipe.unlink()
+    assert isinstance(client.error(name), BlockDamaged)
+
+
+# -- continuous batching
+
+
+def test_requests_join_and_leave_while_others_run(town: Town) -> None:
+    long, short = prompt_of(10, 1), prompt_of(30, 2)
+    with serving(town.base, town.directory) as client:
+        client.submit("long", long, town.refs[0], max_tokens=60)
+        client.wait_for("long", 5)
+        client.submit("short", short, town.refs[1], max_tokens=5)
+        assert client.tokens("short") == greedy(town.oracles[1], short, 5)
+        assert client.tokens("long") == greedy(town.oracles[0], long, 60)
+        ends = [o.request for o in client.heard() if o.last]
+    assert ends == ["short", "long"]
+
+
+def test_more_requests_than_a_batch_holds_are_all_answered(town: Town) -> None:
+    prompt = prompt_of(6)
+    with serving(town.base, town.directory, max_batch=2) as client:
+        names = [client.submit(str(i), prompt) for i in range(9)]
+        assert {tuple(client.tokens(name)) for name in names} == {tuple(greedy(town.model, prompt, 8))}
+
+
+def test_the_first_output_says_where_the_adapter_was(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        for name, ref, tier in [
+            ("first", town.refs[0], Tier.DISK),
+            ("second", town.refs[0], Tier.DEVICE),
+            ("base", None, Tier.BASE),
+        ]:
+            first, *rest = client.wait_for(client.submit(name, prompt_of(4), ref))
+            assert first.origin is not None
+            assert first.origin.tier is tier
+            assert (first.origin.load_ms > 0) is (tier is Tier.DISK)
+            assert all(o.origin is None for o in rest)
+        assert client.engine.tiers_of([town.refs[0].digest, town.refs[1].digest]).result(5) == [Tier.DEVICE, Tier.DISK]
+
+
+@pytest.mark.parametrize("count", [1, 2, 7])
+def test_an_answer_ends_with_its_last_token(town: Town, count: int) -> None:
+    with serving(town.base, town.directory) as client:
+        outputs = client.wait_for(client.submit("one", prompt_of(4), max_tokens=count))
+    assert [o.finish for o in outputs] == [None] * (count - 1) + [Finish.LENGTH]
+    assert all(o.token is not None for o in outputs)
+
+
+# -- cancelling
+
+
+def test_a_running_request_can_be_cancelled(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        client.submit("gone", prompt_of(10), town.refs[0], max_tokens=200)
+        client.submit("stays", prompt_of(10), town.refs[0], max_tokens=40)
+        client.wait_for("gone", 3)
+        client.engine.cancel("gone")
+        stats = client.engine.stats().result(5)["engine"]
+        heard = len(client.heard("gone"))
+        assert stats["running"] == 1
+        assert client.tokens("stays") == greedy(town.oracles[0], prompt_of(10), 40)
+        assert len(client.heard("gone")) == heard < 200
+        stats = client.engine.stats().result(5)["engine"]
+        assert (stats["running"], stats["kv_blocks_free"]) == (0, stats["kv_blocks"])
+
+
+def test_a_waiting_request_can_be_cancelled(town: Town) -> None:
+    with serving(town.base, town.directory, max_batch=1) as client:
+        client.submit("first", prompt_of(10), max_tokens=100)
+        client.submit("gone", prompt_of(10), town.refs[0])
+        client.submit("next", prompt_of(10))
+        client.engine.cancel("gone")
+        client.tokens("next")
+        assert client.heard("gone") == []
+
+
+def test_a_request_whose_adapter_is_on_its_way_can_be_cancelled(town: Town, tmp_path: Path) -> None:
+    blobs = shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    with serving(town.base, tmp_path, load_threads=1) as client, held_up(blobs, client):
+        client.submit("gone", prompt_of(10), town.refs[0])
+        client.ask(prompt_of(5))  # by then its load has begun
+        assert client.engine.evict(town.refs[0].digest).result(5) is False
+        client.engine.cancel("gone")
+        client.ask(prompt_of(5))
+    assert client.heard("gone") == []
+
+
+def test_cancelling_what_is_unknown_or_over_does_nothing(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        client.engine.cancel("never was")
+        client.tokens(client.submit("over", prompt_of(3)))
+        client.engine.cancel("over")
+        assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
+
+
+# -- sampling
+
+
+def test_a_seed_gives_the_same_answer_alone_and_in_a_batch(town: Town) -> None:
+    sampling: dict[str, Any] = {"temperature": 1.0, "top_p": 0.95, "max_tokens": 20}
+    with serving(town.base, town.directory) as client:
+        alone = [client.ask(prompt_of(9), town.refs[0], seed=seed, **sampling) for seed in range(4)]
+        others = [client.submit(f"other-{i}", prompt_of(5 + i, i), town.refs[i], **sampling) for i in range(5)]
+        names = [client.submit(str(seed), prompt_of(9), town.refs[0], seed=seed, **sampling) for seed in range(4)]
+        together = [client.tokens(name) for name in names]
+        for name in others:
+            client.tokens(name)
+    assert together == alone
+    assert len({tuple(tokens) for tokens in alone}) == 4
+
+
+def test_without_a_seed_answers_differ(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        answers = {tuple(client.ask(prompt_of(9), temperature=1.0, max_tokens=20)) for _ in range(3)}
+    assert len(answers) == 3
+
+
+@pytest.fixture(scope="module")
+def small_vocabulary() -> PreTrainedModel:
+    return tiny_model(LlamaConfig(**{**GROUPED, "vocab_size": 12}))
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (0.5, 1.0), (2.0, 0.8), (0.8, 0.5), (1.5, 0.01)])
+def test_tokens_are_drawn_with_their_probabilities(
+    small_vocabulary: PreTrainedModel, tmp_path: Path, temperature: float, top_p: float
+) -> None:
+    prompt, draws = [3, 1, 4, 1, 5], 1500
+    exact = (full_logits(small_vocabulary, prompt)[-1].double() / temperature).softmax(-1)
+    ordered, order = exact.sort(descending=True)
+    nucleus = order[: int((ordered.cumsum(-1) < top_p).sum()) + 1]
+    expected = torch.zeros_like(exact).scatter(0, nucleus, exact[nucleus])
+    expected /= expected.sum()
+    with serving(serving_twin(small_vocabulary), tmp_path) as client:
+        sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": 1}
+        names = [client.submit(str(seed), prompt, seed=seed, **sampling) for seed in range(draws)]
+        drawn = torch.tensor([client.tokens(name)[0] for name in names])
+    counts = drawn.bincount(minlength=12).double()
+    assert set(drawn.tolist()) <= set(nucleus.tolist())
+    likely = expected * draws >= 5
+    chi_square = ((counts - expected * draws) ** 2 / (expected * draws))[likely].sum().item()
+    freedom = int(likely.sum()) - 1
+    assert chi_square <= freedom + 4 * (2 * freedom) ** 0.5
+
+
+@pytest.mark.parametrize("sampling", [{"top_p": 0.0}, {"temperature": 1e-6}, {"temperature": 1e-40}])
+def test_the_narrowest_sampling_is_greedy(town: Town, sampling: dict[str, float]) -> None:
+    with serving(town.base, town.directory) as client:
+        answer = client.ask(prompt_of(9), **{"temperature": 1.0, "max_tokens": 12, **sampling})
+    assert answer == greedy(town.model, prompt_of(9), 12)
+
+
+# -- the end of a text
+
+
+@pytest.fixture(scope="module")
+def ending(town: Town) -> tuple[Base, int]:
+    """A base that would end its text after a few greedy tokens, and the token it ends with."""
+    end = greedy(town.model, prompt_of(9), 5)[4]
+    return dataclasses.replace(town.base, end_tokens=frozenset({end, 2})), end
+
+
+def test_an_end_token_ends_the_text_and_is_told(town: Town, ending: tuple[Base, int]) -> None:
+    base, end = ending
+    plain = greedy(town.model, prompt_of(9), 20)
+    with serving(base, town.directory) as client:
+        outputs = client.wait_for(client.submit("one", prompt_of(9), max_tokens=20))
+    assert [o.token for o in outputs] == plain[: plain.index(end) + 1]
+    assert outputs[-1].finish is Finish.STOP
+
+
+def test_ignore_eos_goes_on_to_the_length(town: Town, ending: tuple[Base, int]) -> None:
+    with serving(ending[0], town.directory) as client:
+        outputs = client.wait_for(client.submit("one", prompt_of(9), max_tokens=20, ignore_eos=True))
+    assert [o.token for o in outputs] == greedy(town.model, prompt_of(9), 20)
+    assert outputs[-1].finish is Finish.LENGTH
+
+
+@pytest.mark.parametrize("least", [1, 8, 20])
+def test_min_tokens_forbids_an_earlier_end(town: Town, ending: tuple[Base, int], least: int) -> None:
+    base, end = ending
+    ids = torch.tensor([prompt_of(9)])
+    expected = town.model.generate(
+        input_ids=ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=20,
+        min_new_tokens=least,
+        eos_token_id=[end, 2],
+        do_sample=False,
+        pad_token_id=0,
+    )[0, 9:].tolist()
+    with serving(base, town.directory) as client:
+        assert client.ask(prompt_of(9), max_tokens=20, min_tokens=least) == expected
+
+
+# -- length and the KV cache
+
+
+def test_what_cannot_fit_into_the_context_is_refused_at_once(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        for length, count in [(250, 7), (257, 1), (1000, 1)]:
+            with pytest.raises(ContextLengthExceeded, match=f"256 tokens. You asked for {length + count}"):
+                client.submit("long", prompt_of(length), max_tokens=count)
+        assert client.ask(prompt_of(249), max_tokens=7) == greedy(town.model, prompt_of(249), 7)
+
+
+def test_a_kv_cache_smaller_than_the_context_is_the_limit(town: Town) -> None:
+    with serving(town.base, town.directory, kv_bytes=kv_bytes(town.base, 3)) as client:
+        with pytest.raises(ContextLengthExceeded, match="48 tokens"):
+            client.submit("long", prompt_of(30), max_tokens=19)
+        assert client.ask(prompt_of(30), max_tokens=18) == greedy(town.model, prompt_of(30), 18)
+        assert client.ask(prompt_of(47), max_tokens=1) == greedy(town.model, prompt_of(47), 1)
+
+
+def test_a_full_kv_cache_makes_the_youngest_start_over_and_changes_no_answer(town: Town) -> None:
+    """All four begin (two blocks each), and need four blocks each in the end, of eight."""
+    prompts = [prompt_of(20, seed) for seed in range(4)]
+    with serving(town.base, town.directory, kv_bytes=kv_bytes(town.base, 8)) as client:
+        for ref in town.refs[:4]:  # so that they are admitted in order
+            client.ask([5], ref, max_tokens=1)
+        names = [client.submit(str(i), p, town.refs[i], max_tokens=40) for i, p in enumerate(prompts)]
+        answers = [client.tokens(name) for name in names]
+        heard = [o.request for o in client.heard()]
+    assert answers == [greedy(town.oracles[i], p, 40) for i, p in enumerate(prompts)]
+    first_end = min(len(heard) - 1 - heard[::-1].index(name) for name in names)
+    assert all(heard.index(name) < first_end for name in names), "they did not run at once"
+    assert heard[-1] == names[-1], "the youngest gives way"
+
+
+def test_seeded_answers_survive_starting_over(town: Town) -> None:
+    sampling: dict[str, Any] = {"temperature": 1.0, "max_tokens": 40}
+    with serving(town.base, town.directory) as client:
+        alone = [client.ask(prompt_of(20, i), seed=i, **sampling) for i in range(4)]
+    with serving(town.base, town.directory, kv_bytes=kv_bytes(town.base, 8)) as client:
+        names = [client.submit(str(i), prompt_of(20, i), seed=i, **sampling) for i in range(4)]
+        assert [client.tokens(name) for name in names] == alone
+
+
+# -- adapters and the pool
+
+
+def test_an_adapter_on_its_way_does_not_stop_the_others(town: Town, tmp_path: Path) -> None:
+    blobs = shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    with serving(town.base, tmp_path, load_threads=1) as client:
+        client.ask(prompt_of(4), town.refs[0])
+        with held_up(blobs, client):
+            client.submit("behind", prompt_of(7), town.refs[1])
+            assert client.ask(prompt_of(7)) == greedy(town.model, prompt_of(7), 8)
+            assert client.ask(prompt_of(7), town.refs[0]) == greedy(town.oracles[0], prompt_of(7), 8)
+            assert client.heard("behind") == []
+        assert client.tokens("behind") == greedy(town.oracles[1], prompt_of(7), 8)
+
+
+def test_more_adapters_than_the_pool_holds_are_all_served(town: Town) -> None:
+    room = sum(sorted(ref.nbytes for ref in town.refs)[-3:]) + 3 * 256
+    prompts = [prompt_of(4 + i, i) for i in range(USERS)]
+    with serving(town.base, town.directory, device_bytes=room) as client:
+        names = {
+            (user, turn): client.submit(f"{user}-{turn}", prompts[user], town.refs[user])
+            for turn in range(3)
+            for user in range(USERS)
+        }
+        for (user, _), name in names.items():
+            assert client.tokens(name) == greedy(town.oracles[user], prompts[user], 8)
+        stats = client.engine.stats().result(5)["tiers"]["device"]
+    assert stats["evictions"] >= USERS - 4
+    assert stats["pinned"] == 0
+
+
+def test_a_pool_for_one_adapter_serves_them_one_after_another(town: Town) -> None:
+    with serving(town.base, town.directory, device_bytes=max(r.nbytes for r in town.refs) + 256) as client:
+        names = [client.submit(str(user), prompt_of(5), ref) for user, ref in enumerate(town.refs)]
+        base = client.submit("base", prompt_of(5))
+        for oracle, name in zip(town.oracles, names, strict=True):
+            assert client.tokens(name) == greedy(oracle, prompt_of(5), 8)
+        client.tokens(base)
+
+
+def test_an_adapter_larger_than_the_pool_is_an_error_of_its_own_requests(town: Town) -> None:
+    small, large = (choose(town.refs, key=lambda ref: ref.nbytes) for choose in (min, max))
+    with serving(town.base, town.directory, device_bytes=large.nbytes - 1) as client:
+        client.submit("large", prompt_of(5), large)
+        client.submit("small", prompt_of(5), small)
+        error = client.error("large")
+        assert (error.code, error.status) == ("adapter_too_large", 503)
+        assert client.tokens("small") == greedy(town.oracles[town.refs.index(small)], prompt_of(5), 8)
+
+
+def test_a_damaged_or_missing_block_fails_its_own_requests_only(town: Town, tmp_path: Path) -> None:
+    blobs = shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    block_path(blobs, town.refs[0].digest).unlink()
+    damaged = block_path(blobs, town.refs[1].digest)
+    damaged.write_bytes(damaged.read_bytes()[:-5])
+    with serving(town.base, tmp_path) as client:
+        names = [client.submit(f"{turn}-{user}", prompt_of(6), town.refs[user]) for turn in "ab" for user in range(4)]
+        for name in names:
+            user = int(name[-1])
+            if user < 2:
+                assert isinstance(client.error(name), BlockDamaged)
+            else:
+                assert client.tokens(name) == greedy(town.oracles[user], prompt_of(6), 8)
+        shutil.copy(block_path(town.directory / "blobs", town.refs[0].digest), blobs)
+        assert client.ask(prompt_of(6), town.refs[0]) == greedy(town.oracles[0], prompt_of(6), 8)
+
+
+@pytest.mark.parametrize("length", [5, 60])
+def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_the_cache(
+    town: Town, tmp_path: Path, length: int
+) -> None:
+    shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    good = encoded(saved(town.oracles[0], tmp_path / "peft"), town.base)
+    huge = stored(Block(good.meta, torch.full_like(good.payload, 1e30)), tmp_path / "blobs")
+    with serving(town.base, tmp_path, kv_bytes=kv_bytes(town.base, 6), max_step_tokens=32) as client:
+        for turn in range(3):
+            bad = client.submit(f"bad-{turn}", prompt_of(length), huge)
+            fine = client.submit(f"fine-{turn}", prompt_of(9), town.refs[1])
+            error = client.error(bad)
+            assert isinstance(error, ServerFault)
+            assert error.code == "not_finite"
+            assert client.tokens(fine) == greedy(town.oracles[1], prompt_of(9), 8)
+            # the whole cache, in which the other has been
+            assert client.ask(prompt_of(80), max_tokens=16) == greedy(town.model, prompt_of(80), 16)
+
+
+def test_evicting_an_adapter_in_use_waits_for_its_last_request(town: Town) -> None:
+    ref = town.refs[2]
+    with serving(town.base, town.directory) as client:
+        client.submit("long", prompt_of(8), ref, max_tokens=100)
+        client.wait_for("long", 2)
+        assert client.engine.evict(ref.digest).result(5) is False
+        assert client.tokens("long") == greedy(town.oracles[2], prompt_of(8), 100)
+        assert client.engine.tiers_of([ref.digest]).result(5) == [Tier.DISK]
+        assert client.engine.evict(ref.digest).result(5) is True
+        assert client.ask(prompt_of(8), ref) == greedy(town.oracles[2], prompt_of(8), 8)
+
+
+# -- failures and the end
+
+
+def test_the_engine_survives_a_step_that_fails(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(town.base, town.directory) as client:
+        client.ask(prompt_of(3), town.refs[0])
+        client.submit("bad", [5, 10**6], town.refs[0])  # no such token: the embedding raises
+        error = client.error("bad")
+        assert isinstance(error, ServerFault)
+        assert "failed on this request" in error.message
+        client.check_integrity()
+        assert client.ask(prompt_of(3), town.refs[0]) == greedy(town.oracles[0], prompt_of(3), 8)
+        assert client.engine.alive
+    assert "a step failed" in caplog.text
+
+
+def test_the_engine_survives_a_listener_that_fails(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(town.base, town.directory) as client:
+        hear, failures = client._hear, iter([True, True])
+
+        def stumble(outputs: list[Output]) -> None:
+            if next(failures, False):
+                raise RuntimeError("the listener stumbles")
+            hear(outputs)
+
+        client.engine._on_output = stumble
+        client.submit("one", prompt_of(3), max_tokens=6)
+        outputs = client.wait_for("one")
+        assert [o.token for o in outputs] == greedy(town.model, prompt_of(3), 6)[2:]
+    assert "outside of a step" in caplog.text
+
+
+def test_stopping_fails_what_is_under_way(town: Town, tmp_path: Path) -> None:
+    blobs = shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    with serving(town.base, tmp_path, max_batch=1, load_threads=1) as client:
+        pipe = block_path(blobs, "pipe")
+        os.mkfifo(pipe)
+        client.submit("running", prompt_of(5), max_tokens=240)
+        client.submit("on its way", prompt_of(5), AdapterRef("pipe", "pipe", 4))
+        client.submit("waiting", prompt_of(5))
+        client.wait_for("running", 3)
+        stopping = threading.Thread(target=client.engine.stop)
+        stopping.start()
+        for name in ("running", "waiting", "on its way"):
+            assert isinstance(client.error(name), Unavailable)
+        while stopping.is_alive():  # it waits for the reader
+            with contextlib.suppress(OSError):
+                os.close(os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))
+            stopping.join(0.01)
+        assert not client.engine.alive
+        with pytest.raises(Unavailable, match="shutting down"):
+            client.submit("late", prompt_of(5))
+        with pytest.raises(Unavailable, match="shutting down"):
+            client.engine.stats()
+        client.engine.cancel("running")
+
+
+def test_a_request_that_races_with_the_end_is_refused_or_told(town: Town) -> None:
+    for _ in range(20):
+        with serving(town.base, town.directory) as client:
+            client.check_integrity()
+            accepted: list[str] = []
+
+            def submit(client: Client = client, accepted: list[str] = accepted) -> None:
+                for i in range(300):
+                    try:
+                        accepted.append(client.submit(str(i), [5], max_tokens=1))
+                    except Unavailable:
+                        return
+
+            thread = threading.Thread(target=submit)
+            thread.start()
+            client.engine.stop()
+            thread.join()
+            for name in accepted:
+                client.wait_for(name)
+
+
+# -- idle work
+
+
+class Counting:
+    """Idle work of so many pieces; the last may fail."""
+
+    def __init__(self, pieces: int, *, fails: bool = False) -> None:
+        self.left, self.fails = pieces, fails
+        self.threads: set[str] = set()
+        self.error: Exception | None = None
+        self.over = threading.Event()
+
+    def step(self) -> bool:
+        self.threads.add(threading.current_thread().name)
+        self.left -= 1
+        if self.left == 0:
+            if self.fails:
+                raise ValueError("it broke")
+            self.over.set()
+        return self.left > 0
+
+    def fail(self, error: Exception) -> None:
+        self.error = error
+        self.over.set()
+
+
+def test_idle_work_runs_when_nobody_asks_and_ends(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        work = Counting(50)
+        client.engine.start_idle_work(work)
+        assert work.over.wait(20)
+        assert work.threads == {"adapterhub-engine"}
+        assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
+        assert work.left == 0
+
+
+def test_idle_work_and_serving_go_on_together(town: Town) -> None:
+    with serving(town.base, town.directory, serve_share=0.5) as client:
+        work = Counting(10**9)
+        client.engine.start_idle_work(work)
+        names = [client.submit(str(user), prompt_of(30, user), ref) for user, ref in enumerate(town.refs)]
+        before = work.left
+        for user, name in enumerate(names):
+            assert client.tokens(name) == greedy(town.oracles[user], prompt_of(30, user), 8)
+        client.submit("long", prompt_of(10), max_tokens=40)
+        client.wait_for("long", 1)
+        begun = work.left
+        client.tokens("long")
+        assert work.left < begun < before
+        client.check_integrity()
+
+
+def test_idle_work_that_fails_is_told_and_the_engine_goes_on(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(town.base, town.directory) as client:
+        broken, fine = Counting(3, fails=True), Counting(3)
+        client.engine.start_idle_work(broken)
+        client.engine.start_idle_work(fine)
+        assert broken.over.wait(20)
+        assert fine.over.wait(20)
+        assert isinstance(broken.error, ValueError)
+        assert fine.error is None
+        assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
+    assert "a training step failed" in caplog.text
+
+
+# -- all at once
+
+
+def test_answers_are_those_of_each_alone_whatever_else_happens(town: Town) -> None:
+    choose = random.Random(0)
+    asked = []
+    for i in range(60):
+        user = choose.choice([None, *range(USERS)])
+        ref = None if user is None else town.refs[user]
+        asked.append((str(i), prompt_of(choose.randint(1, 60), i), ref, choose.randint(1, 24)))
+    with serving(town.base, town.directory) as client:
+        alone = {name: client.ask(prompt, ref, max_tokens=count) for name, prompt, ref, count in asked}
+    budgets: dict[str, Any] = {
+        "device_bytes": sum(sorted(ref.nbytes for ref in town.refs)[-2:]) + 512,
+        "kv_bytes": kv_bytes(town.base, 12),
+        "max_batch": 7,
+        "max_step_tokens": 20,
+    }
+    with serving(town.base, town.directory, **budgets) as client:
+        cancelled = set()
+        client.engine.start_idle_work(Counting(200))
+        for name, prompt, ref, count in asked:
+            client.submit(name, prompt, ref, max_tokens=count)
+            if choose.random() < 0.2:
+                other = choose.choice(asked)[0]
+                client.engine.cancel(other)
+                cancelled.add(other)
+            if choose.random() < 0.2:
+                client.engine.evict(choose.choice(town.refs).digest)
+            if choose.random() < 0.1:
+                client.check_integrity()
+        for name, expected in alone.items():
+            if name not in cancelled:
+                assert client.tokens(name) == expected
+            else:
+                tokens = [o.token for o in client.heard(name)]
+                assert tokens == expected[: len(tokens)]
