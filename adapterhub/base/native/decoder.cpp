@@ -1,0 +1,366 @@
+// One step of a decoder of the Llama family, from embedded tokens to logits, by a team of threads.
+//
+// Per layer: norm, q k v with LoRA, rotary embedding, keys and values into the cache, attention, output projection with
+// LoRA, norm, gated MLP with LoRA. The residual stream is fp32; what is multiplied is bf16. Prompts and single tokens are
+// not told apart: every row of the step is one token with its own context. The C functions at the end are what Python
+// calls; none of them keeps anything of its arguments.
+
+#include <algorithm>
+
+#include "attention.h"
+#include "linear.h"
+#include "lora.h"
+#include "team.h"
+
+extern "C" {
+
+struct Layer {
+  Matrix qkv, output, gate_up, down;
+  const bf16 *input_norm, *mlp_norm;
+  const bf16 *q_norm, *k_norm;  // per head, or null
+  bf16 *keys, *values;          // this layer of the KV cache
+  int window;                   // how far back a token looks, itself included; 0 for all
+  int targets[7];               // of q, k, v, output, gate, up, down among the linears that adapters know
+};
+
+struct Model {
+  const Layer* layers;
+  int num_layers, hidden, heads, kv_heads, head_dim, intermediate, rotary_dim;
+  float epsilon, scale;
+  const bf16* final_norm;
+  Matrix head;
+};
+
+struct Batch {
+  int tokens;
+  const bf16* embedded;     // [tokens, hidden]
+  const float *cos, *sin;   // [tokens, rotary_dim / 2]
+  const int64_t* slots;     // [tokens] where each token's key and value go
+  const int32_t* contexts;  // [tokens] position + 1
+  const int32_t* tables;    // KV blocks of all sequences, one after the other
+  const int32_t* table_at;  // [tokens] where in `tables` each token's sequence begins
+  const bf16* pool;
+  const Segment* segments;
+  int num_segments;
+  const int32_t* rows;  // [num_rows] whose logits are wanted
+  int num_rows;
+  float* logits;  // [num_rows, vocabulary]
+};
+}
+
+namespace {
+
+constexpr int kPackColumns = 192;
+
+EVERYWHERE void rms_norm(const float* x, const bf16* weight, float epsilon, int size, bf16* out) {
+  float sum = 0;
+  for (int i = 0; i < size; ++i) sum += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(sum / size + epsilon);
+  for (int i = 0; i < size; ++i) out[i] = narrow(x[i] * scale * widen(weight[i]));
+}
+
+EVERYWHERE void rms_norm_in_place(float* x, const bf16* weight, float epsilon, int size) {
+  float sum = 0;
+  for (int i = 0; i < size; ++i) sum += x[i] * x[i];
+  const float scale = 1.0f / std::sqrt(sum / size + epsilon);
+  for (int i = 0; i < size; ++i) x[i] *= scale * widen(weight[i]);
+}
+
+EVERYWHERE void add(float* to, const float* from, int size) {
+  for (int i = 0; i < size; ++i) to[i] += from[i];
+}
+
+EVERYWHERE void widen_all(const bf16* from, int size, float* to) {
+  for (int i = 0; i < size; ++i) to[i] = widen(from[i]);
+}
+
+EVERYWHERE void narrow_all(const float* from, int size, bf16* to) {
+  for (int i = 0; i < size; ++i) to[i] = narrow(from[i]);
+}
+
+EVERYWHERE void gated_silu(const float* gate, const float* up, int size, bf16* out) {
+  for (int i = 0; i < size; ++i) out[i] = narrow(gate[i] / (1.0f + fast_exp(-gate[i])) * up[i]);
+}
+
+// Rotates the two halves of the first `2 * half` numbers against each other.
+EVERYWHERE void rotate(float* x, const float* cos, const float* sin, int half) {
+  for (int i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+struct Chunk {  // neighbouring rows of one segment
+  Segment segment;
+  int start, end;
+};
+
+// What a step works in beside the model and the cache. Kept between steps, so that none of them allocates.
+struct Buffers {
+  std::vector<float> residual, wide, projected;
+  std::vector<bf16> narrow, packed, query, attended;
+  std::vector<std::vector<float>> scratch;  // one for each member of the team
+
+  void fit(const Model& m, size_t tokens) {
+    const size_t q = static_cast<size_t>(m.heads) * m.head_dim;
+    const size_t qkv = q + 2 * static_cast<size_t>(m.kv_heads) * m.head_dim;
+    const size_t widest = std::max<size_t>({static_cast<size_t>(m.hidden), static_cast<size_t>(m.intermediate), q});
+    grow(residual, tokens * m.hidden);
+    grow(projected, tokens * m.hidden);
+    grow(wide, tokens * std::max<size_t>(qkv, 2 * static_cast<size_t>(m.intermediate)));
+    grow(narrow, tokens * widest);
+    grow(query, tokens * q);
+    grow(attended, tokens * q);
+    grow(packed, (tokens + 15) / 16 * 16 * widest);
+  }
+
+ private:
+  template <class T>
+  static void grow(std::vector<T>& v, size_t size) {
+    if (v.size() < size) v.resize(size);
+  }
+};
+
+}  // namespace
+
+struct Decoder {
+  Team team;
+  Isa isa;
+  Buffers buffers;
+  Decoder(int threads, Isa isa) : team(threads), isa(isa) { buffers.scratch.resize(threads); }
+};
+
+namespace {
+
+// One step, as its team shares it. What decides how many pieces a part has is copied: a member may still be on its way
+// through when the caller has long gone on.
+struct Step : Job {
+  Decoder& decoder;
+  const Model& model;
+  const Batch batch;
+  std::vector<Chunk> chunks;
+  float *const residual, *const wide, *const projected;
+  bf16 *const narrow, *const packed, *const query, *const attended;
+
+  Step(Decoder& d, const Model& m, const Batch& b)
+      : Job(32 + 20 * m.num_layers),
+        decoder(d),
+        model(m),
+        batch(b),
+        residual(d.buffers.residual.data()),
+        wide(d.buffers.wide.data()),
+        projected(d.buffers.projected.data()),
+        narrow(d.buffers.narrow.data()),
+        packed(d.buffers.packed.data()),
+        query(d.buffers.query.data()),
+        attended(d.buffers.attended.data()) {
+    for (int i = 0; i < b.num_segments; ++i)
+      for (int t = b.segments[i].start; t < b.segments[i].end; t += kLoraRows)
+        chunks.push_back({b.segments[i], t, std::min(t + kLoraRows, b.segments[i].end)});
+  }
+
+  void work(int rank) override;
+};
+
+// One member's way through a step. All members go through the same parts in the same order.
+class Walk {
+ public:
+  Walk(Step& step, int rank) : s_(step), m_(step.model), b_(step.batch), isa_(step.decoder.isa), rank_(rank) {}
+
+  void go() {
+#if defined(__x86_64__)
+    if (isa_ == kAmx) amx_begin();
+#endif
+    each(b_.tokens, [&](int t) { widen_all(b_.embedded + at(t, m_.hidden), m_.hidden, residual(t)); });
+    for (int i = 0; i < m_.num_layers; ++i) {
+      attention(m_.layers[i], i > 0);
+      mlp(m_.layers[i]);
+    }
+    logits();
+#if defined(__x86_64__)
+    if (isa_ == kAmx) amx_end();
+#endif
+  }
+
+ private:
+  static size_t at(int row, int width) { return static_cast<size_t>(row) * width; }
+  float* residual(int t) { return s_.residual + at(t, m_.hidden); }
+
+  template <class Piece>
+  void each(int count, const Piece& piece) {
+    s_.each(part_++, count, piece);
+  }
+
+  // The residual stream, with what the last projection made added to it, normed into `narrow`.
+  void norm(const bf16* weight, bool pending) {
+    each(b_.tokens, [&](int t) {
+      if (pending) add(residual(t), s_.projected + at(t, m_.hidden), m_.hidden);
+      rms_norm(residual(t), weight, m_.epsilon, m_.hidden, s_.narrow + at(t, m_.hidden));
+    });
+  }
+
+  void linear(const Matrix& w, const bf16* x, int tokens, float* y) {
+#if defined(__x86_64__)
+    if (isa_ == kAmx && fits_amx(w)) {
+      const int pieces = (w.cols + kPackColumns - 1) / kPackColumns;
+      each((tokens + 15) / 16 * pieces, [&](int i) {
+        const int first = i % pieces * kPackColumns;
+        pack_for_amx(x, tokens, w.cols, i / pieces, first, std::min(first + kPackColumns, w.cols), s_.packed);
+      });
+    }
+#endif
+    each((w.rows + kPanel - 1) / kPanel, [&](int i) {
+      const int first = i * kPanel;
+      linear_rows(isa_, w, x, s_.packed, tokens, y, first, std::min(first + kPanel, w.rows));
+    });
+  }
+
+  // Adds the adapters' deltas of `count` linears that read the same x and write side by side into y [tokens, width].
+  void lora(const int* targets, const int* widths, int count, const bf16* x, int n_in, float* y, int width) {
+    if (s_.chunks.empty()) return;
+    each(static_cast<int>(s_.chunks.size()) * count, [&](int i) {
+      const Chunk& chunk = s_.chunks[i / count];
+      const int j = i % count;
+      const int64_t offset = chunk.segment.offsets[targets[j]];
+      if (offset < 0) return;
+      int column = 0;
+      for (int k = 0; k < j; ++k) column += widths[k];
+      for (int t = chunk.start; t < chunk.end; ++t)
+        lora_row(isa_, b_.pool, offset, chunk.segment.rank, x + at(t, n_in), n_in, y + at(t, width) + column,
+                 widths[j]);
+    });
+  }
+
+  void attention(const Layer& layer, bool pending) {
+    const int q_width = m_.heads * m_.head_dim, kv_width = m_.kv_heads * m_.head_dim, width = q_width + 2 * kv_width;
+    norm(layer.input_norm, pending);
+    linear(layer.qkv, s_.narrow, b_.tokens, s_.wide);
+    const int widths[] = {q_width, kv_width, kv_width};
+    lora(layer.targets, widths, 3, s_.narrow, m_.hidden, s_.wide, width);
+    each(b_.tokens, [&](int t) { rotate_and_store(layer, t, s_.wide + at(t, width)); });
+    const Heads heads{m_.kv_heads, m_.heads / m_.kv_heads, m_.head_dim, m_.head_dim, m_.scale};
+    const int group_width = heads.group * m_.head_dim;
+    each(b_.tokens * m_.kv_heads, [&](int i) {
+      const int t = i / m_.kv_heads, head = i % m_.kv_heads, context = b_.contexts[t];
+      const int from = layer.window > 0 ? std::max(0, context - layer.window) : 0;
+      const size_t place = at(t, q_width) + at(head, group_width);
+      float* out = s_.wide + place;  // q, k and v of every token have been taken out of it by now
+      attend_token(isa_, heads, s_.query + place, layer.keys, layer.values, b_.tables + b_.table_at[t], head,
+                   from, context, s_.decoder.buffers.scratch[rank_], out);
+      narrow_all(out, group_width, s_.attended + place);
+    });
+    linear(layer.output, s_.attended, b_.tokens, s_.projected);
+    lora(layer.targets + 3, &m_.hidden, 1, s_.attended, q_width, s_.projected, m_.hidden);
+  }
+
+  void rotate_and_store(const Layer& layer, int t, float* qkv) {
+    const int dim = m_.head_dim, half = m_.rotary_dim / 2;
+    for (int h = 0; h < m_.heads + m_.kv_heads; ++h) {
+      float* head = qkv + h * dim;
+      const bf16* weight = h < m_.heads ? layer.q_norm : layer.k_norm;
+      if (weight) rms_norm_in_place(head, weight, m_.epsilon, dim);
+      rotate(head, b_.cos + at(t, half), b_.sin + at(t, half), half);
+    }
+    const int q_width = m_.heads * dim, kv_width = m_.kv_heads * dim;
+    const size_t slot = static_cast<size_t>(b_.slots[t]) * kv_width;
+    narrow_all(qkv, q_width, s_.query + at(t, q_width));
+    narrow_all(qkv + q_width, kv_width, layer.keys + slot);
+    narrow_all(qkv + q_width + kv_width, kv_width, layer.values + slot);
+  }
+
+  void mlp(const Layer& layer) {
+    const int size = m_.intermediate;
+    norm(layer.mlp_norm, true);
+    linear(layer.gate_up, s_.narrow, b_.tokens, s_.wide);
+    const int widths[] = {size, size};
+    lora(layer.targets + 4, widths, 2, s_.narrow, m_.hidden, s_.wide, 2 * size);
+    each(b_.tokens, [&](int t) {
+      const float* gate = s_.wide + at(t, 2 * size);
+      gated_silu(gate, gate + size, size, s_.narrow + at(t, size));
+    });
+    linear(layer.down, s_.narrow, b_.tokens, s_.projected);
+    lora(layer.targets + 6, &m_.hidden, 1, s_.narrow, size, s_.projected, m_.hidden);
+  }
+
+  void logits() {
+    each(b_.num_rows, [&](int i) {
+      const int t = b_.rows[i];
+      add(residual(t), s_.projected + at(t, m_.hidden), m_.hidden);
+      rms_norm(residual(t), m_.final_norm, m_.epsilon, m_.hidden, s_.narrow + at(i, m_.hidden));
+    });
+    if (b_.num_rows > 0) linear(m_.head, s_.narrow, b_.num_rows, b_.logits);
+  }
+
+  Step& s_;
+  const Model& m_;
+  const Batch& b_;
+  const Isa isa_;
+  const int rank_;
+  int part_ = 0;
+};
+
+void Step::work(int rank) { Walk(*this, rank).go(); }
+
+}  // namespace
+
+extern "C" {
+
+int adapterhub_best_isa() { return best_isa(); }
+
+Decoder* adapterhub_decoder(int threads, int isa) { return new Decoder(threads, static_cast<Isa>(isa)); }
+
+void adapterhub_decoder_free(Decoder* decoder) { delete decoder; }
+
+void adapterhub_step(Decoder* decoder, const Model* model, const Batch* batch) {
+  decoder->buffers.fit(*model, batch->tokens);
+  decoder->team.run(std::make_shared<Step>(*decoder, *model, *batch));
+}
+
+// The single operations, on the caller's thread, as tests and models of other families use them.
+
+void adapterhub_linear(int isa, const Matrix* w, const bf16* x, int tokens, float* y) {
+  std::vector<bf16> packed(static_cast<size_t>(tokens + 15) / 16 * 16 * w->cols);
+#if defined(__x86_64__)
+  if (isa == kAmx && fits_amx(*w)) {
+    amx_begin();
+    for (int g = 0; g < (tokens + 15) / 16; ++g) pack_for_amx(x, tokens, w->cols, g, 0, w->cols, packed.data());
+  }
+#endif
+  linear_rows(static_cast<Isa>(isa), *w, x, packed.data(), tokens, y, 0, w->rows);
+#if defined(__x86_64__)
+  if (isa == kAmx && fits_amx(*w)) amx_end();
+#endif
+}
+
+void adapterhub_lora(int isa, const bf16* pool, const Segment* segments, int num_segments, int target, const bf16* x,
+                     int n_in, float* y, int n_out) {
+  for (int i = 0; i < num_segments; ++i) {
+    const Segment& s = segments[i];
+    const int64_t offset = s.offsets[target];
+    for (int t = s.start; offset >= 0 && t < s.end; ++t)
+      lora_row(static_cast<Isa>(isa), pool, offset, s.rank, x + static_cast<size_t>(t) * n_in, n_in,
+               y + static_cast<size_t>(t) * n_out, n_out);
+  }
+}
+
+// Rows of a quantized matrix as bf16: out [last - first, cols].
+void adapterhub_expand(int isa, const Matrix* w, int first, int last, bf16* out) {
+  expand(static_cast<Isa>(isa), *w, first, last, out);
+}
+
+// q [tokens, kv_heads * group, dim]; out [tokens, kv_heads * group, value_dim].
+void adapterhub_attention(int isa, int kv_heads, int group, int dim, int value_dim, float scale, const bf16* q,
+                          const bf16* keys, const bf16* values, const int32_t* tables, const int32_t* table_at,
+                          const int32_t* contexts, int tokens, int window, float* out) {
+  const Heads heads{kv_heads, group, dim, value_dim, scale};
+  std::vector<float> scratch;
+  for (int t = 0; t < tokens; ++t)
+    for (int h = 0; h < kv_heads; ++h) {
+      const size_t row = static_cast<size_t>(t) * kv_heads + h;
+      const int from = window > 0 ? std::max(0, contexts[t] - window) : 0;
+      attend_token(static_cast<Isa>(isa), heads, q + row * group * dim, keys, values, tables + table_at[t], h, from,
+                   contexts[t], scratch, out + row * group * value_dim);
+    }
+}
+}
