@@ -24,10 +24,12 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from adapterhub.api.app import create_app
+from adapterhub.api.auth import KeyStore
 from adapterhub.api.hub import Hub
 from adapterhub.base.embedded import EMBEDDED, base_path
 from adapterhub.base.model import load_base
 from adapterhub.config import MIB, Config
+from adapterhub.swap.database import Database
 from tests.tiny import peft_model, saved, tiny_model
 
 BASE = "tiny"  # the name the tiny base is served under
@@ -132,12 +134,12 @@ class User:
     def import_adapter(self, files: PeftFiles, name: str) -> dict[str, Any]:
         return self.http.post("/v1/adapters", data={"name": name}, files=files.upload).raise_for_status().json()
 
-    def train(self, content: bytes, *, suffix: str | None = None, **hyperparameters: Any) -> str:
+    def train(self, content: bytes, *, suffix: str | None = None, model: str = BASE, **hyperparameters: Any) -> str:
         """Uploads and creates a job; returns its id."""
         method: Any = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
         more = {} if suffix is None else {"suffix": suffix}
         job = self.openai.fine_tuning.jobs.create(
-            model=BASE, training_file=self.upload(content), method=method, seed=7, **more
+            model=model, training_file=self.upload(content), method=method, seed=7, **more
         )
         return job.id
 
@@ -265,18 +267,27 @@ class Process:
         self.data_dir = data_dir
         self.log = data_dir.with_name(f"{data_dir.name}.log")
         self.url = ""
-        self._command = [str(COMMAND), "serve", "--port", "0", "--device", "cpu", "--data-dir", str(data_dir)]
-        self._command += ["--base", str(base), *options]
+        self.command = [str(COMMAND), "serve", "--port", "0", "--device", "cpu", "--data-dir", str(data_dir)]
+        self.command += ["--base", str(base), *options]
         self._process: subprocess.Popen[str] | None = None
         self._users: list[User] = []
+        self._log_start = 0
 
-    def spawn(self) -> subprocess.Popen[str]:
-        """The bare process; `start` also waits until it serves."""
-        with self.log.open("a") as log:
-            return subprocess.Popen(self._command, stdout=subprocess.PIPE, stderr=log, text=True, env=environment())
+    @property
+    def logged(self) -> str:
+        """What it has said on stderr since it was started last."""
+        return self.log.read_text()[self._log_start :]
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
 
     def start(self) -> Process:
-        self._process = self.spawn()
+        """Waits until it serves."""
+        with self.log.open("a") as log:
+            self._log_start = log.tell()
+            options: Any = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "env": environment()}
+            self._process = subprocess.Popen(self.command, **options)
         watchdog = threading.Timer(SECONDS, self._process.kill)
         watchdog.start()
         assert self._process.stdout is not None
@@ -316,13 +327,18 @@ class Process:
             user.close()
 
     def create_key(self, owner: str, *options: str) -> str:
+        """As an operator does it."""
         made = run_cli("keys", "create", owner, *options, "--data-dir", str(self.data_dir))
         assert made.returncode == 0, made.stderr
         return made.stdout.strip()
 
     def user(self, owner: str, key: str | None = None) -> User:
-        """A client for the server as it runs now."""
-        self._users.append(User(self.url, owner, key or self.create_key(owner)))
+        """A client for the server as it runs now; with a new key, unless one is given."""
+        if key is None:
+            database = Database(self.data_dir / "hub.db")
+            key = KeyStore(database).create(owner)
+            database.close()
+        self._users.append(User(self.url, owner, key))
         return self._users[-1]
 
     def engine_stats(self) -> dict[str, int]:

@@ -83,7 +83,7 @@ async def _on_http(request: Request, error: Exception) -> Response:
     if isinstance(cause, HubError):
         return _answer(cause)
     if isinstance(cause, OSError):  # an upload is set aside in a temporary file until it is whole
-        log.error("an upload could not be taken in", exc_info=cause)
+        log.error("an upload could not be taken in: %s", cause)
         return _answer(StorageFull("The server has no room to take this in. Try again later, or ask the operator."))
     if cause is not None:
         return _answer(BadRequest(f"The body cannot be read: {cause}.", code="invalid_json"))
