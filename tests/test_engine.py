@@ -8,6 +8,7 @@ import os
 import random
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -247,14 +248,14 @@ def test_an_end_token_ends_the_text_and_is_told(town: Town, ending: tuple[Base, 
     plain = greedy(town.model, prompt_of(9), 20)
     with serving(base, town.directory) as client:
         outputs = client.wait_for(client.submit("one", prompt_of(9), max_tokens=20))
-    assert [o.token for o in outputs] == plain[: plain.index(end) + 1]
+    assert [o.token.id for o in outputs if o.token] == plain[: plain.index(end) + 1]
     assert outputs[-1].finish is Finish.STOP
 
 
 def test_ignore_eos_goes_on_to_the_length(town: Town, ending: tuple[Base, int]) -> None:
     with serving(ending[0], town.directory) as client:
         outputs = client.wait_for(client.submit("one", prompt_of(9), max_tokens=20, ignore_eos=True))
-    assert [o.token for o in outputs] == greedy(town.model, prompt_of(9), 20)
+    assert [o.token.id for o in outputs if o.token] == greedy(town.model, prompt_of(9), 20)
     assert outputs[-1].finish is Finish.LENGTH
 
 
@@ -304,9 +305,9 @@ def test_a_full_kv_cache_makes_the_youngest_start_over_and_changes_no_answer(tow
         answers = [client.tokens(name) for name in names]
         heard = [o.request for o in client.heard()]
     assert answers == [greedy(town.oracles[i], p, 40) for i, p in enumerate(prompts)]
-    first_end = min(len(heard) - 1 - heard[::-1].index(name) for name in names)
-    assert all(heard.index(name) < first_end for name in names), "they did not run at once"
-    assert heard[-1] == names[-1], "the youngest gives way"
+    ends = [len(heard) - 1 - heard[::-1].index(name) for name in names]
+    assert all(heard.index(name) < min(ends) for name in names), "they did not run at once"
+    assert max(ends[:2]) < min(ends[2:]), "the youngest give way"
 
 
 def test_seeded_answers_survive_starting_over(town: Town) -> None:
@@ -404,6 +405,18 @@ def test_an_adapter_whose_numbers_overflow_fails_alone_and_leaves_nothing_in_the
             assert client.ask(prompt_of(80), max_tokens=16) == greedy(town.model, prompt_of(80), 16)
 
 
+def test_overflow_in_sixteen_bits_leaves_nothing_in_the_cache_either(town: Town, tmp_path: Path) -> None:
+    """The same by whatever code serves sixteen bits on this machine."""
+    base = serving_twin(tiny_model("llama").bfloat16())
+    good = encoded(saved(town.oracles[0], tmp_path / "peft"), base)
+    huge = stored(Block(good.meta, torch.full_like(good.payload, 1e30)), tmp_path / "blobs")
+    with serving(base, tmp_path, kv_bytes=kv_bytes(base, 6), max_step_tokens=32) as client:
+        before = client.ask(prompt_of(80), max_tokens=16)
+        for length in (5, 60, 1):
+            assert client.error(client.submit(f"bad-{length}", prompt_of(length), huge)).code == "not_finite"
+            assert client.ask(prompt_of(80), max_tokens=16) == before
+
+
 def test_evicting_an_adapter_in_use_waits_for_its_last_request(town: Town) -> None:
     ref = town.refs[2]
     with serving(town.base, town.directory) as client:
@@ -444,7 +457,7 @@ def test_the_engine_survives_a_listener_that_fails(town: Town, caplog: pytest.Lo
         client.engine._on_output = stumble
         client.submit("one", prompt_of(3), max_tokens=6)
         outputs = client.wait_for("one")
-        assert [o.token for o in outputs] == greedy(town.model, prompt_of(3), 6)[2:]
+        assert [o.token.id for o in outputs if o.token] == greedy(town.model, prompt_of(3), 6)[2:]
     assert "outside of a step" in caplog.text
 
 
@@ -508,6 +521,7 @@ class Counting:
 
     def step(self) -> bool:
         self.threads.add(threading.current_thread().name)
+        time.sleep(1e-3)  # a piece of training, too, leaves the interpreter to the other threads
         self.left -= 1
         if self.left == 0:
             if self.fails:
@@ -594,5 +608,5 @@ def test_answers_are_those_of_each_alone_whatever_else_happens(town: Town) -> No
             if name not in cancelled:
                 assert client.tokens(name) == expected
             else:
-                tokens = [o.token for o in client.heard(name)]
+                tokens = [o.token.id for o in client.heard(name) if o.token]
                 assert tokens == expected[: len(tokens)]

@@ -26,13 +26,18 @@ from transformers import (
     Qwen3Config,
 )
 
+from adapterhub.base import runner
 from adapterhub.base.engine import Engine
+from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base, prepare_base
 from adapterhub.base.request import Output, Request, Sampling
+from adapterhub.base.scheduler import Sequence as Running
+from adapterhub.base.scheduler import Work
 from adapterhub.config import Config
 from adapterhub.swap import peft
 from adapterhub.swap.block import Block, write_block
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.pool import Pool
+from adapterhub.swap.tiers import AdapterRef, Tiers
 
 CPU = torch.device("cpu")
 VOCABULARY = 160
@@ -175,7 +180,7 @@ class Client:
         """The tokens of a request that must not fail."""
         outputs = self.wait_for(name)
         assert outputs[-1].error is None, outputs[-1].error
-        return [o.token for o in outputs if o.token is not None]
+        return [o.token.id for o in outputs if o.token is not None]
 
     def error(self, name: str) -> Any:
         """The error of a request that must fail."""
@@ -208,6 +213,64 @@ def serving(base: Base, directory: Path, **config: Any) -> Iterator[Client]:
             client.check_integrity()
     finally:
         client.engine.stop()
+
+
+# -- forwards by hand
+
+
+class Machine:
+    """What the engine's thread drives, driven by hand: blocks through the tiers into the pool, and forwards."""
+
+    def __init__(self, base: Base, directory: Path) -> None:
+        self.base = base
+        self.kv = KVCache(self.base.kv_shapes, kv_bytes(self.base, 64), self.base.dtype, CPU)
+        self._arrived = threading.Event()
+        self.tiers = Tiers(
+            Pool(1024**2, self.base.dtype, CPU),
+            directory / "blobs",
+            self.base.fingerprint,
+            self.base.layout,
+            ram_bytes=0,
+            load_threads=1,
+            wake=self._arrived.set,
+        )
+
+    def sequence(self, prompt: list[int], ref: AdapterRef | None) -> Running:
+        sequence = Running.of(Request("", prompt, adapter=ref))
+        sequence.blocks = self.kv.blocks.allocate(self.kv.blocks_for(len(prompt))) or []
+        if ref is not None:
+            sequence.hold = self.tiers.acquire(ref)
+            assert sequence.hold is not None
+            while not sequence.ready:
+                assert self._arrived.wait(10)
+                self._arrived.clear()
+                self.tiers.poll()
+                assert sequence.hold.error is None, sequence.hold.error
+        return sequence
+
+    def forward(self, *work: Work) -> list[torch.Tensor]:
+        """One forward; the logits of all tokens of each work."""
+        with torch.no_grad():
+            batch = runner._batch(self.base, self.kv, list(work))
+            logits = self.base.logits(batch, torch.arange(len(batch.tokens)))
+        for w in work:
+            w.sequence.computed += w.tokens
+        return [logits[span.rows] for span in batch.spans]
+
+    def release(self, *sequences: Running) -> None:
+        for sequence in sequences:
+            self.kv.blocks.release(sequence.blocks)
+            if sequence.hold is not None:
+                self.tiers.release(sequence.hold)
+        self.kv.blocks.check_integrity([])
+        self.tiers.check_integrity()
+
+    def logits(self, prompt: list[int], ref: AdapterRef | None) -> torch.Tensor:
+        """[len(prompt), vocabulary], of one sequence alone."""
+        sequence = self.sequence(prompt, ref)
+        [logits] = self.forward(Work(sequence, len(prompt)))
+        self.release(sequence)
+        return logits
 
 
 # -- oracles
