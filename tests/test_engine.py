@@ -214,7 +214,7 @@ def test_tokens_are_drawn_with_their_probabilities(
     nucleus = order[: int((ordered.cumsum(-1) < top_p).sum()) + 1]
     expected = torch.zeros_like(exact).scatter(0, nucleus, exact[nucleus])
     expected /= expected.sum()
-    with serving(serving_twin(small_vocabulary), tmp_path) as client:
+    with serving(serving_twin(small_vocabulary), tmp_path, max_waiting=draws) as client:
         sampling: dict[str, Any] = {"temperature": temperature, "top_p": top_p, "max_tokens": 1}
         names = [client.submit(str(seed), prompt, seed=seed, **sampling) for seed in range(draws)]
         drawn = torch.tensor([client.tokens(name)[0] for name in names])
