@@ -64,6 +64,8 @@ class Config:
     train_micro_tokens: int = 256  # tokens of one training micro-step; bounds how long a new request waits for it
     serve_share: float = 0.7  # of the device's time while both requests and a training job want it
     load_threads: int = 2  # block files read at once
+    max_waiting: int = 1024  # requests beyond those that run; one more is told to come back later
+    request_seconds: float = 600.0  # from a request's arrival to its last token
 
     @property
     def database(self) -> Path:

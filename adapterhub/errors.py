@@ -11,15 +11,19 @@
     ├── Forbidden 403
     ├── NotFound 404
     ├── TooLarge 413
+    ├── TooManyRequests 429
     ├── ServerFault 500
     │   └── BlockDamaged          a block file is missing, truncated or does not match its digest
     ├── Unavailable 503
+    ├── DeadlineExceeded 504
     └── StorageFull 507
 
 A message names the value, the limit and what to do about it; it is shown to users as it is.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 
 class HubError(Exception):
@@ -33,6 +37,11 @@ class HubError(Exception):
         self.param = param
         if code is not None:
             self.code = code
+
+    @property
+    def body(self) -> dict[str, Any]:
+        """OpenAI's error shape."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
 
 class BadRequest(HubError):
@@ -85,6 +94,15 @@ class TooLarge(HubError):
     code = "request_too_large"
 
 
+class TooManyRequests(HubError):
+    """`retry_after`: seconds after which to try again."""
+
+    status = 429
+    type = "rate_limit_error"
+    code = "queue_full"
+    retry_after = 1
+
+
 class ServerFault(HubError):
     pass
 
@@ -96,6 +114,11 @@ class BlockDamaged(ServerFault):
 class Unavailable(HubError):
     status = 503
     code = "unavailable"
+
+
+class DeadlineExceeded(HubError):
+    status = 504
+    code = "deadline_exceeded"
 
 
 class StorageFull(HubError):

@@ -20,7 +20,7 @@ from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config, format_bytes
-from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, StorageFull, TooLarge
+from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, StorageFull, TooLarge, TooManyRequests
 
 log = logging.getLogger(__name__)
 MAX_BODY = 8 * MIB  # of anything that is not an upload
@@ -61,7 +61,8 @@ def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> Respon
 
 async def _on_hub_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
-    return _answer(error)
+    headers = {"retry-after": str(error.retry_after)} if isinstance(error, TooManyRequests) else None
+    return _answer(error, headers)
 
 
 async def _on_invalid(_: Request, error: Exception) -> Response:

@@ -11,9 +11,11 @@ from pydantic import BaseModel, Field
 
 from adapterhub.api.auth import Caller
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer, while_connected
-from adapterhub.api.hub import TheHub
+from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
 from adapterhub.api.streaming import Chunk, stream
+from adapterhub.base.request import Token
+from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import now
 
@@ -49,7 +51,7 @@ class ChatRequest(GenerationRequest):
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: dict[str, Any] | None = None
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -62,11 +64,12 @@ class ChatRequest(GenerationRequest):
     modalities: list[str] | None = None
     audio: dict[str, Any] | None = None
 
-    def refuse_unsupported(self) -> None:
+    def check_chat(self, hub: Hub) -> None:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise BadRequest("top_logprobs needs logprobs=true.", param="top_logprobs")
         text_only = self.response_format is None or self.response_format.get("type") == "text"
         self.check(
-            logprobs=self.logprobs,
-            top_logprobs=self.top_logprobs,
+            hub,
             response_format=not text_only,
             tools=self.tools,
             tool_choice=self.tool_choice not in (None, "none", "auto"),
@@ -83,12 +86,13 @@ class ChatRequest(GenerationRequest):
 
 @router.post("/completions", response_model=None)
 async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Request) -> Response:
-    body.refuse_unsupported()
+    body.check_chat(hub)
     model = find_model(hub, caller, body.model)
     messages = [message.plain(at) for at, message in enumerate(body.messages)]
     prompt = await asyncio.to_thread(hub.codec.chat, messages)
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
-    generation = Generation(hub, model, prompt, body.sampling(most), body.stops)
+    plan = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)
+    generation = Generation(hub, caller.owner, model, [prompt], body, plan)
     head = {
         "id": f"chatcmpl-{generation.id}",
         "created": now(),
@@ -96,28 +100,45 @@ async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Reques
         "system_fingerprint": model.system_fingerprint,
     }
     if not body.stream:
-        answer = await while_connected(request, _whole(generation, head))
+        answer = await while_connected(request, _whole(hub.codec, generation, head))
         return answer or Response(status_code=499)
     if await while_connected(request, generation.started()) is None:
         return Response(status_code=499)
     head |= {"object": "chat.completion.chunk"} | ({"usage": None} if body.wants_usage else {})
 
     def chunk_of(piece: Piece) -> Chunk:
-        delta = {"content": piece.text} if piece.text else {}
-        return {**head, "choices": [_choice(piece.finish, delta=delta)]}
+        delta = {"content": piece.text} if piece.text or piece.tokens else {}
+        return {**head, "choices": [_choice(hub.codec, piece, delta=delta)]}
 
-    opening = {**head, "choices": [_choice(None, delta={"role": "assistant", "content": ""})]}
+    def opening(index: int) -> Chunk:
+        return {**head, "choices": [_choice(hub.codec, Piece(index, ""), delta={"role": "assistant", "content": ""})]}
+
     closing = [lambda: {**head, "choices": [], "usage": generation.usage}] if body.wants_usage else []
-    return stream(generation, [opening], chunk_of, closing)
+    return stream(generation, map(opening, range(body.n or 1)), chunk_of, closing)
 
 
-async def _whole(generation: Generation, head: dict[str, Any]) -> JSONResponse:
-    answer = await generation.whole()
-    message = {"role": "assistant", "content": answer.text, "refusal": None}
-    choice = _choice(answer.finish, message=message)
-    body = {**head, "object": "chat.completion", "choices": [choice], "usage": generation.usage}
+async def _whole(codec: TextCodec, generation: Generation, head: dict[str, Any]) -> JSONResponse:
+    choices = [
+        _choice(codec, answer, message={"role": "assistant", "content": answer.text, "refusal": None})
+        for answer in await generation.whole()
+    ]
+    body = {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage}
     return JSONResponse(body, headers=generation.headers)
 
 
-def _choice(finish: str | None, **content: Any) -> dict[str, Any]:
-    return {"index": 0, **content, "logprobs": None, "finish_reason": finish}
+def _choice(codec: TextCodec, piece: Piece, **content: Any) -> dict[str, Any]:
+    logprobs = {"content": [_logprob(codec, token) for token in piece.tokens], "refusal": None}
+    return {
+        "index": piece.index,
+        **content,
+        "logprobs": logprobs if piece.tokens else None,
+        "finish_reason": piece.finish,
+    }
+
+
+def _logprob(codec: TextCodec, token: Token) -> dict[str, Any]:
+    def shown(identity: int, logprob: float | None) -> dict[str, Any]:
+        raw = codec.token_bytes(identity)
+        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+
+    return {**shown(token.id, token.logprob), "top_logprobs": [shown(*best) for best in token.best]}

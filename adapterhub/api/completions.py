@@ -10,71 +10,80 @@ from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, while_connected
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, TokenId, while_connected
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
 from adapterhub.api.streaming import Chunk, stream
+from adapterhub.base.request import Token
+from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import now
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 MAX_PROMPTS = 64
 _DEFAULT_TOKENS = 16
-TokenId = Annotated[int, Field(ge=0)]
 
 
 class CompletionRequest(GenerationRequest):
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     echo: bool | None = None
     best_of: int | None = None
-    logprobs: int | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     suffix: str | None = None
 
 
 @router.post("/completions", response_model=None)
 async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: Request) -> Response:
-    best_of = body.best_of not in (None, 1)
-    body.check(echo=body.echo, best_of=best_of, logprobs=body.logprobs is not None, suffix=body.suffix)
+    body.check(hub, echo=body.echo, best_of=body.best_of not in (None, 1), suffix=body.suffix)
     model = find_model(hub, caller, body.model)
     prompts = await asyncio.to_thread(_prompts, hub, body.prompt)
-    if body.stream and len(prompts) > 1:
-        raise BadRequest("Several prompts cannot be streamed in one request. Send one request each.", param="prompt")
-    sampling = body.sampling(body.max_tokens or _DEFAULT_TOKENS)
+    plan = body.sampling(body.max_tokens or _DEFAULT_TOKENS, body.logprobs)
     for prompt in prompts:
-        hub.engine.check_length(len(prompt), sampling.max_tokens)
-    generations = [Generation(hub, model, prompt, sampling, body.stops) for prompt in prompts]
+        hub.engine.check_length(len(prompt), plan.max_tokens)
+    generation = Generation(hub, caller.owner, model, prompts, body, plan)
     head = {
-        "id": f"cmpl-{generations[0].id}",
+        "id": f"cmpl-{generation.id}",
         "object": "text_completion",
         "created": now(),
         "model": model.name,
         "system_fingerprint": model.system_fingerprint,
     }
     if not body.stream:
-        answer = await while_connected(request, _whole(generations, head))
+        answer = await while_connected(request, _whole(hub.codec, generation, head))
         return answer or Response(status_code=499)
-    [generation] = generations
     if await while_connected(request, generation.started()) is None:
         return Response(status_code=499)
     head |= {"usage": None} if body.wants_usage else {}
+    offsets = [0] * len(prompts) * (body.n or 1)
 
     def chunk_of(piece: Piece) -> Chunk:
-        return {**head, "choices": [_choice(0, piece.text, piece.finish)]}
+        choice = _choice(hub.codec, piece, offsets[piece.index])
+        offsets[piece.index] += len(piece.text)
+        return {**head, "choices": [choice]}
 
     closing = [lambda: {**head, "choices": [], "usage": generation.usage}] if body.wants_usage else []
     return stream(generation, [], chunk_of, closing)
 
 
-async def _whole(generations: list[Generation], head: dict[str, Any]) -> JSONResponse:
-    answers = await asyncio.gather(*(g.whole() for g in generations))
-    choices = [_choice(at, answer.text, answer.finish) for at, answer in enumerate(answers)]
-    usages = [g.usage for g in generations]
-    usage = {name: sum(u[name] for u in usages) for name in usages[0]}
-    return JSONResponse({**head, "choices": choices, "usage": usage}, headers=generations[0].headers)
+async def _whole(codec: TextCodec, generation: Generation, head: dict[str, Any]) -> JSONResponse:
+    choices = [_choice(codec, answer, 0) for answer in await generation.whole()]
+    return JSONResponse({**head, "choices": choices, "usage": generation.usage}, headers=generation.headers)
 
 
-def _choice(index: int, text: str, finish: str | None) -> dict[str, Any]:
-    return {"index": index, "text": text, "logprobs": None, "finish_reason": finish}
+def _choice(codec: TextCodec, piece: Piece, offset: int) -> dict[str, Any]:
+    logprobs = _logprobs(codec, piece.tokens, offset) if piece.tokens else None
+    return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
+
+
+def _logprobs(codec: TextCodec, tokens: tuple[Token, ...], offset: int) -> dict[str, Any]:
+    texts = [codec.token_bytes(token.id).decode(errors="replace") for token in tokens]
+    best = [{codec.token_bytes(b.token).decode(errors="replace"): b.logprob for b in t.best} for t in tokens]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": best,
+        "text_offset": [offset + sum(map(len, texts[:at])) for at in range(len(texts))],
+    }
 
 
 def _prompts(hub: Hub, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, TypeVar
 
 from fastapi import Request
@@ -14,13 +14,15 @@ from pydantic import BaseModel, Field
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model
-from adapterhub.base.request import Origin, Sampling
+from adapterhub.base.request import Origin, Sampling, Token
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.errors import BadRequest
 
 Result = TypeVar("Result")
 MAX_STOPS = 4
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
 
 
 class StreamOptions(BaseModel):
@@ -40,11 +42,10 @@ class GenerationRequest(Body):
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     min_tokens: Annotated[int, Field(ge=0)] = 0
     ignore_eos: bool = False
-    # known to OpenAI's clients, not supported yet: refused unless they ask for what is done anyway
-    n: int | None = None
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: dict[str, float] | None = None
+    n: Annotated[int, Field(ge=1, le=16)] | None = None
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
 
     @property
     def stops(self) -> list[str]:
@@ -54,22 +55,21 @@ class GenerationRequest(Body):
     def wants_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def check(self, **unsupported: Any) -> None:
-        """Raises BadRequest for a field that is set to something that is not done. `unsupported`: more such fields."""
-        if self.n not in (None, 1):
-            raise BadRequest("n: only one answer per request is supported. Send the request several times.", param="n")
+    def check(self, hub: Hub, **unsupported: Any) -> None:
+        """Raises BadRequest for what cannot be done. `unsupported`: fields that must not ask for anything."""
         if len(self.stops) > MAX_STOPS:
             raise BadRequest(f"stop: {len(self.stops)} strings; up to {MAX_STOPS} are supported.", param="stop")
         if self.stream_options is not None and not self.stream:
             raise BadRequest("stream_options needs stream=true.", param="stream_options")
-        fields = ("frequency_penalty", "presence_penalty", "logit_bias")
-        for name, value in {**{f: getattr(self, f) for f in fields}, **unsupported}.items():
+        known = hub.codec.vocabulary
+        if any(token >= known for token in self.logit_bias or ()):
+            raise BadRequest(f"logit_bias names tokens that the base, with {known}, does not have.", param="logit_bias")
+        for name, value in unsupported.items():
             if value:
-                raise BadRequest(
-                    f"{name} is not supported yet. Leave it out.", param=name, code="unsupported_parameter"
-                )
+                message = f"{name} is not supported yet. Leave it out."
+                raise BadRequest(message, param=name, code="unsupported_parameter")
 
-    def sampling(self, max_tokens: int) -> Sampling:
+    def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
         return Sampling(
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
@@ -77,15 +77,22 @@ class GenerationRequest(Body):
             max_tokens=max_tokens,
             min_tokens=self.min_tokens,
             ignore_eos=self.ignore_eos,
+            frequency_penalty=self.frequency_penalty or 0.0,
+            presence_penalty=self.presence_penalty or 0.0,
+            logit_bias=self.logit_bias or {},
+            logprobs=logprobs,
         )
 
 
 @dataclass(frozen=True)
 class Piece:
-    """More text of an answer; the last one says why it ended: "stop" or "length"."""
+    """More text of answer `index`, and the tokens it came from where their log probabilities were asked for; the last
+    one says why it ended: "stop" or "length"."""
 
+    index: int
     text: str
     finish: str | None = None
+    tokens: tuple[Token, ...] = ()
 
 
 class StopStrings:
@@ -117,43 +124,76 @@ class StopStrings:
 
 
 class Generation:
-    """One answer: awaited as a `whole`, or `started` and then read piece by piece.
+    """The answers to one request: one for each prompt and choice, all under way at once.
 
-    Nothing is sent before it has started: whatever is wrong with a request shows by its first token.
+    Nothing is sent before every one of them has `started`: whatever is wrong with a request shows by its first token.
+    Then they are read as they come (`pieces`), or `whole`.
     """
 
-    def __init__(self, hub: Hub, model: Model, prompt: list[int], sampling: Sampling, stops: list[str]) -> None:
+    def __init__(
+        self, hub: Hub, owner: str, model: Model, prompts: list[list[int]], request: GenerationRequest, plan: Sampling
+    ) -> None:
         self.id = secrets.token_hex(12)
         self.model = model
-        self.prompt_tokens = len(prompt)
-        self.completion_tokens = 0
         self.origin: Origin | None = None
-        adapter = model.version.ref if model.version else None
-        self._pieces = self._run(hub, EngineRequest(self.id, prompt, sampling, adapter), stops)
-        self._first: Piece | None = None
+        self.prompt_tokens = sum(map(len, prompts))
+        self.completion_tokens = 0
+        self._hub, self._owner, self._stops = hub, owner, request.stops
+        self._adapter = model.version.ref if model.version else None
+        choices = request.n or 1
+        self._answers: list[AsyncGenerator[Piece]] = []
+        for index in range(len(prompts) * choices):
+            seed = None if plan.seed is None else plan.seed + index % choices
+            self._answers.append(self._answer(index, prompts[index // choices], replace(plan, seed=seed)))
+        self._first: list[Piece] = []
 
     async def started(self) -> bool:
-        self._first = await anext(self._pieces)
+        try:
+            self._first = await asyncio.gather(*map(anext, self._answers))
+        except BaseException:
+            await self.close()
+            raise
         return True
 
-    async def whole(self) -> Piece:
-        """The answer in one piece."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Everything from the first pieces on, of all answers as they come."""
+        for piece in self._first:
+            yield piece
+        waiting = {
+            asyncio.ensure_future(anext(self._answers[p.index])): p.index for p in self._first if p.finish is None
+        }
         try:
-            pieces = [piece async for piece in self._pieces]
+            while waiting:
+                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+                for task in done:
+                    index = waiting.pop(task)
+                    piece = task.result()
+                    yield piece
+                    if piece.finish is None:
+                        waiting[asyncio.ensure_future(anext(self._answers[index]))] = index
+        finally:
+            for task in waiting:
+                task.cancel()
+            await asyncio.gather(*waiting, return_exceptions=True)
+
+    async def whole(self) -> list[Piece]:
+        """Each answer in one piece, in order."""
+        try:
+            await self.started()
+            parts: list[list[Piece]] = [[] for _ in self._answers]
+            async for piece in self.pieces():
+                parts[piece.index].append(piece)
         finally:
             await self.close()
-        return Piece("".join(p.text for p in pieces), pieces[-1].finish)
-
-    async def pieces(self) -> AsyncIterator[Piece]:
-        """Everything from the first piece on; the last one has a `finish`."""
-        assert self._first is not None
-        yield self._first
-        async for piece in self._pieces:
-            yield piece
+        return [
+            Piece(i, "".join(p.text for p in part), part[-1].finish, tuple(t for p in part for t in p.tokens))
+            for i, part in enumerate(parts)
+        ]
 
     async def close(self) -> None:
-        """Stops the engine's work on an answer that nobody waits for."""
-        await self._pieces.aclose()
+        """Stops the engine's work on answers that nobody waits for."""
+        for answer in self._answers:
+            await answer.aclose()
 
     @property
     def headers(self) -> dict[str, str]:
@@ -174,22 +214,24 @@ class Generation:
             "total_tokens": total,
         }
 
-    async def _run(self, hub: Hub, request: EngineRequest, stops: list[str]) -> AsyncGenerator[Piece]:
-        text, stopped = hub.codec.stream(request.prompt), StopStrings(stops)
-        outputs = hub.run(request)
+    async def _answer(self, index: int, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Piece]:
+        text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
+        request = EngineRequest(f"{self.id}-{index}", prompt, sampling, self._adapter, self._owner)
+        outputs = self._hub.run(request)
         try:
             async for output in outputs:
-                self.origin = output.origin or self.origin
+                self.origin = self.origin or output.origin
                 self.completion_tokens += 1
-                ends = output.finish == "stop"
-                shown = stopped.push("" if ends or output.token is None else text.push(output.token))
+                says = output.token if output.finish != "stop" else None
+                shown = stopped.push(text.push(says.id) if says else "")
+                tokens = (says,) if says and sampling.logprobs is not None else ()
                 if stopped.hit:
-                    yield Piece(shown, "stop")
+                    yield Piece(index, shown, "stop", tokens)
                     return
                 if output.last:
-                    yield Piece(shown + stopped.flush(), output.finish)
+                    yield Piece(index, shown + stopped.flush(), output.finish, tokens)
                     return
-                yield Piece(shown)
+                yield Piece(index, shown, None, tokens)
         finally:
             await outputs.aclose()
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from typing import Any
 
 from fastapi.responses import StreamingResponse
@@ -20,7 +20,10 @@ Chunk = dict[str, Any]
 
 
 def stream(
-    generation: Generation, opening: list[Chunk], chunk_of: Callable[[Piece], Chunk], closing: list[Callable[[], Chunk]]
+    generation: Generation,
+    opening: Iterable[Chunk],
+    chunk_of: Callable[[Piece], Chunk],
+    closing: Iterable[Callable[[], Chunk]],
 ) -> StreamingResponse:
     """Streams a started generation: `opening` chunks, one for each piece with news, then the `closing` ones."""
 
@@ -29,7 +32,7 @@ def stream(
             for chunk in opening:
                 yield _event(chunk)
             async for piece in generation.pieces():
-                if piece.text or piece.finish:
+                if piece.text or piece.finish or piece.tokens:
                     yield _event(chunk_of(piece))
             for close in closing:
                 yield _event(close())

@@ -65,7 +65,7 @@ def _in_order(parts: Iterable[tuple[Span, torch.Tensor]]) -> torch.Tensor:
 
 
 def _mask(span: Span, window: int | None, device: torch.device) -> torch.Tensor | None:
-    """[length, context], True where a token may look; None where plain causality over the forward's own rows is meant."""
+    """[length, context], True where a token may look; None for plain causality over the forward's own rows."""
     if span.context == span.length and (window is None or span.context <= window):
         return None
     last = torch.arange(span.context - span.length, span.context, device=device).unsqueeze(1)
@@ -79,15 +79,14 @@ def _attend_one(
 ) -> torch.Tensor:
     """q [heads, L, d], k and v [kv_heads, S, ..] -> [heads, L, d_v]."""
     if softcap is None:
-        return scaled_dot_product_attention(
-            q.unsqueeze(0),
-            k.unsqueeze(0),
-            v.unsqueeze(0),
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=q.shape[0] != k.shape[0],
-        )[0]
+        dtype = q.dtype
+        if torch.is_grad_enabled() and q.device.type == "cpu":  # the CPU's backward is up to 4x faster in fp32
+            q, k, v = q.float(), k.float(), v.float()
+        gqa = q.shape[0] != k.shape[0]
+        out = scaled_dot_product_attention(
+            q[None], k[None], v[None], attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        )
+        return out[0].to(dtype)
     group = q.shape[0] // k.shape[0]
     if mask is None:
         mask = torch.ones(q.shape[1], k.shape[1], dtype=torch.bool, device=q.device).tril()

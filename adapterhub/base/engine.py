@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from queue import Empty, SimpleQueue
@@ -19,14 +20,23 @@ import torch
 from adapterhub.base import runner
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base
-from adapterhub.base.request import Finish, Origin, Output, Request
+from adapterhub.base.native.decoder import native_forward
+from adapterhub.base.request import Finish, Origin, Output, Request, Token
 from adapterhub.base.scheduler import Scheduler, Sequence
 from adapterhub.config import MIB, Config
-from adapterhub.errors import ContextLengthExceeded, HubError, ServerFault, Unavailable
+from adapterhub.errors import (
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    HubError,
+    ServerFault,
+    TooManyRequests,
+    Unavailable,
+)
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.tiers import Tier, Tiers
 
 log = logging.getLogger(__name__)
+_SWEEP_SECONDS = 1.0
 Result = TypeVar("Result")
 
 
@@ -49,23 +59,37 @@ class Engine:
         self.base = base
         self._on_output = on_output
         self._serve_share = config.serve_share
-        sizes = _budgets(base, config)
-        self.kv = KVCache(base.kv_shapes, sizes.kv, base.dtype, base.device)
+        self.budgets = _budgets(base, config)
+        self.kv = KVCache(base.kv_shapes, self.budgets.kv, base.dtype, base.device)
         self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
         self.tiers = Tiers(
-            Pool(sizes.device, base.dtype, base.device),
+            Pool(self.budgets.device, base.dtype, base.device),
             config.blobs_dir,
             base.fingerprint,
-            ram_bytes=sizes.ram,
+            base.layout,
+            ram_bytes=self.budgets.ram,
             load_threads=config.load_threads,
             wake=lambda: self._inbox.put(lambda: None),
         )
+        native = native_forward(base, self.kv, self.tiers.pool.tensor)
+        self._forward = native or base.logits
+        self._train_threads = self._torch_threads = torch.get_num_threads()
+        # the native step has threads of its own; torch's would keep the cores busy waiting for what little is left to
+        # do
+        self._serve_threads = self._train_threads if native is None else 1
         self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle_work: IdleWork | None = None
+        self._idle_work: deque[IdleWork] = deque()
         self._served = self._trained = 0.0  # seconds, since both sides last wanted the device
         self._steps = self._tokens = 0
+        self._live = 0  # requests that have not ended
+        self._max_live = config.max_batch + config.max_waiting
+        self._request_seconds = config.request_seconds
+        self._next_sweep = 0.0
         self._stopping = False
+        self._ending = threading.Lock()  # what is asked before `_ended` is set is answered, what comes after refused;
+        # also guards `_live`
+        self._ended = False
         self._thread = threading.Thread(target=self._loop, name="adapterhub-engine", daemon=True)
 
     # -- for any thread
@@ -89,9 +113,14 @@ class Engine:
         return self._thread.is_alive()
 
     def submit(self, request: Request) -> None:
-        """Queues a request. Raises ContextLengthExceeded when it could never be answered whole."""
+        """Queues a request. Raises ContextLengthExceeded when it could never be answered whole, TooManyRequests when
+        the queue is full, and Unavailable when the engine has stopped."""
         self.check_length(len(request.prompt), request.sampling.max_tokens)
-        self._inbox.put(lambda: self._scheduler.add(Sequence.of(request)))
+        with self._ending:
+            if self._live >= self._max_live and not self._ended:
+                raise TooManyRequests(f"{self._live} requests are waiting or running. Try again in a second.")
+            self._live += 1
+        self._post(lambda: self._scheduler.add(Sequence.of(request)))
 
     def check_length(self, prompt: int, max_tokens: int) -> None:
         if prompt + max_tokens > self.context:
@@ -106,15 +135,8 @@ class Engine:
         self._inbox.put(lambda: self._end(self._scheduler.find(lambda s: s.request.id == request)))
 
     def start_idle_work(self, work: IdleWork) -> None:
-        """From now on the engine's spare time is `work`'s, until it is done. One at a time."""
-
-        def start() -> None:
-            if self._idle_work is not None:
-                work.fail(ServerFault("Another training job is running."))
-            else:
-                self._idle_work = work
-
-        self._inbox.put(start)
+        """The engine's spare time is `work`'s, after what was started before it is done."""
+        self._inbox.put(lambda: self._idle_work.append(work))
 
     def evict(self, digest: str) -> Future[bool]:
         """Takes a block off the device and out of RAM; False when it must wait for the requests that use it."""
@@ -138,30 +160,50 @@ class Engine:
     # -- the engine's thread
 
     def _loop(self) -> None:
+        busy = False
         while not self._stopping:
-            try:
-                self._take_in()
-                self.tiers.poll()
-                self._pin_ahead()
-                if not self._step():
-                    self._train()
-            except Exception:
-                log.exception("the engine met an error outside of a step; it goes on")
-        self._fail(self._scheduler.find(lambda _: True), Unavailable("The server is shutting down; try again."))
+            busy = self._turn(wait=not busy)
+        with self._ending:
+            self._ended = True
+        self._drain()
+        self._fail(self._scheduler.find(lambda _: True), _shutting_down())
 
-    def _take_in(self) -> None:
-        """Runs what others asked for; sleeps while there is nothing to do at all."""
-        sleepy = not self._scheduler.running and not self._startable() and self._idle_work is None
+    def _turn(self, wait: bool) -> bool:
+        """One turn of the loop. False when there was nothing to do, which only something in the inbox can change: the
+        next turn may `wait` for it."""
         try:
-            self._inbox.get(block=sleepy)()
-            while True:
-                self._inbox.get_nowait()()
-        except Empty:
-            pass
+            if wait:
+                self._inbox.get()()
+            self._drain()
+            self.tiers.poll()
+            self._sweep()
+            self._pin_ahead()
+            return self._step() or self._train()
+        except Exception:
+            log.exception("the engine met an error outside of a step; it goes on")
+            return True
 
-    def _startable(self) -> bool:
-        """Whether a waiting sequence could be admitted once the others have ended: else only a load can help it."""
-        return any(s.ready for s in self._scheduler.look_ahead())
+    def _drain(self) -> None:
+        """Runs what others asked for."""
+        while True:
+            try:
+                action = self._inbox.get_nowait()
+            except Empty:
+                return
+            action()
+
+    def _sweep(self) -> None:
+        """Ends what is over its deadline."""
+        now = time.monotonic()
+        if now < self._next_sweep:
+            return
+        self._next_sweep = now + _SWEEP_SECONDS
+        seconds = self._request_seconds
+        late = self._scheduler.find(lambda s: now - s.arrived > seconds)
+        message = (
+            f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens, or when there is less load."
+        )
+        self._fail(late, DeadlineExceeded(message))
 
     def _pin_ahead(self) -> None:
         """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere."""
@@ -185,8 +227,9 @@ class Engine:
         if not work:
             return False
         started = time.perf_counter()
+        self._use_threads(self._serve_threads)
         try:
-            outcomes = runner.run(self.base, self.kv, work)
+            outcomes = runner.run(self.base, self.kv, self._forward, work)
         except Exception as error:  # the step's requests fail; the others, and the thread, go on
             log.exception("a step failed")
             self._fail([w.sequence for w in work], ServerFault(f"The model failed on this request: {error}"))
@@ -195,10 +238,10 @@ class Engine:
         ended: list[Sequence] = []
         for work_done, token, diverged in outcomes:
             sequence = work_done.sequence
-            self._scheduler.advance(work_done, token)
+            self._scheduler.advance(work_done, token.id if token else None)
             if diverged:
-                error = ServerFault("The model's numbers are not finite for this request.", code="not_finite")
-                outputs.append(Output(sequence.request.id, error=error))
+                fault = ServerFault("The model's numbers are not finite for this request.", code="not_finite")
+                outputs.append(Output(sequence.request.id, error=fault))
             elif token is not None:
                 outputs.append(self._output(sequence, token))
             if outputs and outputs[-1].request == sequence.request.id and outputs[-1].last:
@@ -211,9 +254,9 @@ class Engine:
             self._on_output(outputs)
         return True
 
-    def _output(self, sequence: Sequence, token: int) -> Output:
+    def _output(self, sequence: Sequence, token: Token) -> Output:
         sampling, finish = sequence.request.sampling, None
-        if token in self.base.end_tokens and not sampling.ignore_eos:
+        if token.id in self.base.end_tokens and not sampling.ignore_eos:
             finish = Finish.STOP
         elif sequence.produced >= sampling.max_tokens:
             finish = Finish.LENGTH
@@ -225,16 +268,17 @@ class Engine:
 
     def _training_is_due(self) -> bool:
         """While requests and a job both want the device, the job gets its share of the time."""
-        if self._idle_work is None or not self._scheduler.running:
+        if not self._idle_work or not self._scheduler.running:
             self._served = self._trained = 0.0
             return False
         return self._trained * self._serve_share < self._served * (1 - self._serve_share)
 
-    def _train(self) -> None:
-        work = self._idle_work
-        if work is None:
-            return
-        started = time.perf_counter()
+    def _train(self) -> bool:
+        """One piece of the idle work; False if there is none."""
+        if not self._idle_work:
+            return False
+        work, started = self._idle_work[0], time.perf_counter()
+        self._use_threads(self._train_threads)
         try:
             more = work.step()
         except Exception as error:
@@ -242,8 +286,15 @@ class Engine:
             more = False
             work.fail(error)
         if not more:
-            self._idle_work = None
+            self._idle_work.popleft()
         self._trained += time.perf_counter() - started
+        return True
+
+    def _use_threads(self, count: int) -> None:
+        """How many threads torch may use for what this thread calls."""
+        if count != self._torch_threads:
+            torch.set_num_threads(count)
+            self._torch_threads = count
 
     def _fail(self, sequences: list[Sequence], error: HubError) -> None:
         self._end(sequences)
@@ -251,6 +302,8 @@ class Engine:
             self._on_output([Output(s.request.id, error=error) for s in sequences])
 
     def _end(self, sequences: list[Sequence]) -> None:
+        with self._ending:
+            self._live -= len(sequences)
         for sequence in sequences:
             self._scheduler.remove(sequence)
             if sequence.hold is not None:
@@ -266,22 +319,34 @@ class Engine:
             except BaseException as error:
                 future.set_exception(error)
 
-        self._inbox.put(answer)
+        self._post(answer)
         return future
+
+    def _post(self, action: Callable[[], None]) -> None:
+        """Has the engine's thread do something that somebody waits for. Raises Unavailable when it has ended."""
+        with self._ending:
+            if self._ended:
+                raise _shutting_down()
+            self._inbox.put(action)
 
     def _stats(self) -> dict[str, Any]:
         return {
             "tiers": self.tiers.stats(),
             "engine": {
                 "running": len(self._scheduler.running),
-                "waiting": len(self._scheduler.waiting),
-                "kv_blocks": self.kv.num_blocks,
-                "kv_blocks_free": self.kv.free_blocks,
+                "waiting": self._scheduler.num_waiting,
+                "kv_blocks": self.kv.blocks.total,
+                "kv_blocks_free": self.kv.blocks.free,
+                "shared_tokens": self._scheduler.shared_tokens,
                 "steps": self._steps,
                 "tokens": self._tokens,
-                "training": self._idle_work is not None,
+                "training": len(self._idle_work),
             },
         }
+
+
+def _shutting_down() -> Unavailable:
+    return Unavailable("The server is shutting down; try again.")
 
 
 class Budgets(NamedTuple):
@@ -297,5 +362,5 @@ def _budgets(base: Base, config: Config) -> Budgets:
         chosen = Budgets(free // 4, 2048 * MIB, free // 2)
     else:
         chosen = Budgets(512 * MIB, 0, 256 * MIB)
-    given = Budgets(config.device_bytes, config.ram_bytes, config.kv_bytes)
+    given = (config.device_bytes, config.ram_bytes, config.kv_bytes)
     return Budgets(*(c if g is None else g for c, g in zip(chosen, given, strict=True)))

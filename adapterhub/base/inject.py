@@ -43,7 +43,7 @@ def take_over_attention(model: PreTrainedModel) -> Slot:
     model.set_attn_implementation(ATTENTION)
     for module in model.modules():
         if hasattr(module, "layer_idx"):
-            module.adapterhub_slot = slot  # type: ignore[assignment]
+            module.adapterhub_slot = slot
     return slot
 
 

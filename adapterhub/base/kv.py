@@ -1,4 +1,4 @@
-"""The KV cache: a fixed number of blocks of a few tokens each, handed to sequences by a host-side free list.
+"""The KV cache: a fixed number of blocks of a few tokens each, handed to sequences by a host-side table (`blocks.py`).
 
 Only the engine's thread may call this.
 """
@@ -14,6 +14,7 @@ import torch
 
 from adapterhub.base.batch import KV_BLOCK as BLOCK
 from adapterhub.base.batch import Span
+from adapterhub.base.blocks import BlockTable
 
 
 class KVShape(NamedTuple):
@@ -31,42 +32,22 @@ class KVShape(NamedTuple):
 class KVCache:
     """`nbytes` of keys and values for the layers in `shapes`. On a CPU pages are taken only as tokens fill them."""
 
-    def __init__(
-        self, shapes: Mapping[int, KVShape], nbytes: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, shapes: Mapping[int, KVShape], nbytes: int, dtype: torch.dtype, device: torch.device) -> None:
         per_token = sum(s.numel for s in shapes.values()) * dtype.itemsize
-        self.num_blocks = nbytes // (per_token * BLOCK)
-        slots = self.num_blocks * BLOCK
+        num_blocks = nbytes // (per_token * BLOCK)
+        slots = num_blocks * BLOCK
         self._k = {i: _lazy_zeros((slots, s.heads, s.key_dim), dtype, device) for i, s in shapes.items()}
         self._v = {i: _lazy_zeros((slots, s.heads, s.value_dim), dtype, device) for i, s in shapes.items()}
-        self._free = list(range(self.num_blocks - 1, -1, -1))
+        self.blocks = BlockTable(num_blocks, self._clear)
 
     @property
     def capacity(self) -> int:
         """Tokens that fit in all."""
-        return self.num_blocks * BLOCK
-
-    @property
-    def free_blocks(self) -> int:
-        return len(self._free)
+        return self.blocks.total * BLOCK
 
     @staticmethod
     def blocks_for(tokens: int) -> int:
         return -(-tokens // BLOCK)
-
-    def allocate(self, count: int) -> list[int] | None:
-        """`count` blocks, or None when fewer are free."""
-        if count > len(self._free):
-            return None
-        return [self._free.pop() for _ in range(count)]
-
-    def release(self, blocks: list[int]) -> None:
-        """Clears the blocks: a masked NaN still spoils a sum, so what one sequence left must not reach the next."""
-        if blocks:
-            index = torch.tensor(blocks, device=next(iter(self._k.values())).device)
-            for cache in (*self._k.values(), *self._v.values()):
-                self._paged(cache).index_fill_(0, index, 0)
-        self._free.extend(reversed(blocks))
 
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None:
         """k [heads, T, key_dim] and v [heads, T, value_dim] into slots [T]."""
@@ -87,12 +68,18 @@ class KVCache:
             found.append(self._paged(cache)[tables].view(n, m * BLOCK, *cache.shape[1:]))
         return found[0], found[1]
 
-    def _paged(self, cache: torch.Tensor) -> torch.Tensor:
-        return cache.view(self.num_blocks, BLOCK, *cache.shape[1:])
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """One layer's keys [slots, heads, key_dim] and values [slots, heads, value_dim]."""
+        return self._k[layer], self._v[layer]
 
-    def check_integrity(self, held: list[int]) -> None:
-        """Raises AssertionError unless free blocks and the `held` ones are all blocks, each once."""
-        assert sorted([*self._free, *held]) == list(range(self.num_blocks)), "KV blocks leaked or shared"
+    def _paged(self, cache: torch.Tensor) -> torch.Tensor:
+        return cache.view(self.blocks.total, BLOCK, *cache.shape[1:])
+
+    def _clear(self, blocks: list[int]) -> None:
+        """A masked NaN still spoils a sum, so what one sequence left in a block must not reach the next."""
+        index = torch.tensor(blocks, device=next(iter(self._k.values())).device)
+        for cache in (*self._k.values(), *self._v.values()):
+            self._paged(cache).index_fill_(0, index, 0)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

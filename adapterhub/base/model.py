@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,9 @@ from adapterhub.swap.layout import Layout
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PROBE_TOKENS = 5
+Forward = Callable[
+    [Batch, torch.Tensor], torch.Tensor
+]  # a batch, and the rows whose logits are wanted -> [rows, vocab]
 log = logging.getLogger(__name__)
 
 
@@ -171,8 +175,8 @@ def _dtype(text: str, config: Any) -> torch.dtype:
             raise BadRequest(f"--dtype {text!r} is not one of auto, {', '.join(_DTYPES)}.")
         return _DTYPES[text]
     saved = getattr(config, "dtype", None)
-    saved = getattr(torch, saved) if isinstance(saved, str) else saved
-    return saved if saved in _DTYPES.values() else torch.bfloat16
+    name = saved if isinstance(saved, str) else str(saved).removeprefix("torch.")
+    return _DTYPES.get(name, torch.bfloat16)
 
 
 def _fingerprint(model: PreTrainedModel) -> str:

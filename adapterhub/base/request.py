@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import NamedTuple
 
 from adapterhub.errors import HubError
 from adapterhub.swap.tiers import AdapterRef, Tier
@@ -11,7 +13,11 @@ from adapterhub.swap.tiers import AdapterRef, Tier
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. temperature 0 is greedy; `top_p` keeps the smallest set of tokens of that mass."""
+    """How the next token is chosen. temperature 0 is greedy; `top_p` keeps the smallest set of tokens of that mass.
+
+    The penalties are taken off the logits of tokens that were produced: `frequency_penalty` for each time,
+    `presence_penalty` once. `logprobs` asks for each token's log probability, and those of that many best ones.
+    """
 
     temperature: float = 1.0
     top_p: float = 1.0
@@ -19,6 +25,10 @@ class Sampling:
     max_tokens: int = 16
     min_tokens: int = 0  # no end of text before that many
     ignore_eos: bool = False
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    logprobs: int | None = None
 
 
 @dataclass(frozen=True)
@@ -29,6 +39,7 @@ class Request:
     prompt: list[int]
     sampling: Sampling = field(default_factory=Sampling)
     adapter: AdapterRef | None = None
+    owner: str = ""  # between whom the engine is fair, and across whom nothing is shared
 
 
 class Finish(StrEnum):
@@ -44,12 +55,26 @@ class Origin:
     load_ms: float
 
 
+class Logprob(NamedTuple):
+    token: int
+    logprob: float
+
+
+@dataclass(frozen=True)
+class Token:
+    """A chosen token. Log probabilities are those of the model, before temperature, penalties and bias."""
+
+    id: int
+    logprob: float | None = None
+    best: tuple[Logprob, ...] = ()
+
+
 @dataclass(frozen=True)
 class Output:
     """News of one request: a token, its end, or its failure. `origin` comes with the first token."""
 
     request: str
-    token: int | None = None
+    token: Token | None = None
     finish: Finish | None = None
     error: HubError | None = None
     origin: Origin | None = None

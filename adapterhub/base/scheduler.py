@@ -1,18 +1,27 @@
-"""Which sequences run in the next step, and how many tokens of each: continuous batching with chunked prefill.
+"""Which sequences run in the next step, and how many tokens of each: continuous batching, chunked prefill, fair owners.
 
-First every running sequence that decodes gets its token, then prompts get what is left of the step's tokens, then
-waiting sequences whose adapter is on the device are admitted. When the KV cache is full, the youngest running sequence
-gives its blocks back and starts over later; what it has produced is kept.
+First every running sequence that decodes gets its token, then waiting sequences are admitted, then prompts get what is
+left of the step's tokens. Who is admitted and whose prompt comes first is decided between owners by the tokens they
+were served (a virtual token counter): the owner with the fewest goes first, and an owner with many requests holds up
+nobody with few. An owner who comes back after a pause starts level with the others, not with credit.
+
+When the KV cache or the batch is full, sequences give way and are computed again later; what they have produced is
+kept, and the beginning that is still in the cache is shared, so that usually little is computed twice.
+
+Source of the counter: Sheng et al., "Fairness in Serving Large Language Models" (2024).
 """
 
 from __future__ import annotations
 
 import random
-from collections import deque
-from collections.abc import Callable
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from adapterhub.base.batch import KV_BLOCK
+from adapterhub.base.blocks import chain
 from adapterhub.base.kv import KVCache
 from adapterhub.base.request import Request
 from adapterhub.swap.tiers import Hold
@@ -27,11 +36,18 @@ class Sequence:
     rng: random.Random
     computed: int = 0
     blocks: list[int] = field(default_factory=list)
+    names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
+    counts: Counter[int] = field(default_factory=Counter)  # of what it produced, for penalties
     hold: Hold | None = None  # on its adapter, from when it comes near the front of the queue until it ends
+    arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, request: Request) -> Sequence:
         return cls(request, list(request.prompt), random.Random(request.sampling.seed))
+
+    @property
+    def owner(self) -> str:
+        return self.request.owner
 
     @property
     def produced(self) -> int:
@@ -47,104 +63,192 @@ class Sequence:
         """Its adapter is on the device, or it needs none."""
         return self.request.adapter is None or (self.hold is not None and self.hold.ready)
 
+    def name(self, index: int) -> bytes:
+        """The name of its block `index`, all of whose tokens are known."""
+        while len(self.names) <= index:
+            at = len(self.names)
+            before = self.names[-1] if self.names else self._salt
+            self.names.append(chain(before, self.tokens[at * KV_BLOCK : (at + 1) * KV_BLOCK]))
+        return self.names[index]
+
+    @property
+    def _salt(self) -> bytes:
+        """What keys and values depend on besides tokens, and whose they are."""
+        adapter = self.request.adapter
+        return repr((self.owner, adapter.version if adapter else None, adapter.digest if adapter else None)).encode()
+
 
 class Work(NamedTuple):
-    """`count` more tokens of `sequence` in this step."""
+    """`tokens` more of `sequence` in this step."""
 
     sequence: Sequence
-    count: int
+    tokens: int
 
     @property
     def samples(self) -> bool:
         """Whether the step ends with a new token of this sequence."""
-        return self.count == self.sequence.pending
+        return self.tokens == self.sequence.pending
 
 
 class Scheduler:
-    """Owns the queue and the running set. Only the engine's thread may call this."""
+    """Owns the queues and the running set. Only the engine's thread may call this."""
 
     def __init__(self, kv: KVCache, max_batch: int, max_step_tokens: int) -> None:
         self.kv = kv
         self.max_batch = max_batch
         self.max_step_tokens = max(max_step_tokens, max_batch)
-        self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
+        self.shared_tokens = 0  # that were found in the cache instead of computed
+        self._waiting: dict[str, deque[Sequence]] = {}  # by owner
+        self._served: dict[str, int] = {}  # tokens, of the owners that are waiting or running
+
+    # -- the queue
 
     def add(self, sequence: Sequence) -> None:
-        self.waiting.append(sequence)
+        if sequence.owner not in self._served:
+            self._served[sequence.owner] = min(self._served.values(), default=0)
+        self._waiting.setdefault(sequence.owner, deque()).append(sequence)
+
+    def waiting(self) -> Iterator[Sequence]:
+        """The waiting sequences in the order in which they would be admitted: owners in turn, least served first."""
+        promised = Counter(self._served)  # what they were served, and what was begun for them
+        for sequence in self.running:
+            promised[sequence.owner] += sequence.pending
+        owners = sorted(self._waiting, key=promised.__getitem__)
+        for turn in range(max((len(self._waiting[o]) for o in owners), default=0)):
+            for owner in owners:
+                if turn < len(self._waiting[owner]):
+                    yield self._waiting[owner][turn]
+
+    @property
+    def num_waiting(self) -> int:
+        return sum(len(queue) for queue in self._waiting.values())
 
     def look_ahead(self) -> list[Sequence]:
         """The waiting sequences that come next: those whose adapters should be on their way."""
-        return [s for _, s in zip(range(self.max_batch), self.waiting, strict=False)]
+        return [s for s, _ in zip(self.waiting(), range(self.max_batch), strict=False)]
 
-    def schedule(self) -> list[Work]:
-        """The next step's work; empty when nothing can run."""
-        left = self.max_step_tokens
-        work: list[Work] = []
-        for decoding in (True, False):
-            for sequence in [s for s in self.running if (s.pending == 1) is decoding]:
-                count = min(sequence.pending, left)
-                if count and sequence in self.running and self._reserve(sequence, count, work):
-                    work.append(Work(sequence, count))
-                    left -= count
-        self._admit(work, left)
-        return work
-
-    def advance(self, work: Work, token: int | None) -> None:
-        """Records a step: `count` tokens are in the cache, and `token`, if sampled, comes next."""
-        work.sequence.computed += work.count
-        if token is not None:
-            work.sequence.tokens.append(token)
+    def find(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
+        return [s for s in (*self.running, *self.waiting()) if matches(s)]
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is, and frees its KV blocks."""
+        """Takes a sequence out, wherever it is, and gives its KV blocks back."""
         if sequence in self.running:
             self.running.remove(sequence)
         else:
-            self.waiting.remove(sequence)
+            self._dequeue(sequence)
         self._release(sequence)
+        if sequence.owner not in self._waiting and all(s.owner != sequence.owner for s in self.running):
+            del self._served[sequence.owner]
 
-    def find(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
-        return [s for s in (*self.running, *self.waiting) if matches(s)]
+    # -- a step
+
+    def schedule(self) -> list[Work]:
+        """The next step's work; empty when nothing can run."""
+        self._make_way()
+        left = self.max_step_tokens
+        work: list[Work] = []
+        for sequence in [s for s in self.running if s.pending == 1]:
+            left -= self._take(sequence, 1, work)
+        self._admit()
+        prompts = [s for s in self.running if s.pending > 1 or (s.pending == 1 and not _has(work, s))]
+        while left and prompts:
+            sequence = min(prompts, key=lambda s: self._served[s.owner])
+            prompts.remove(sequence)
+            left -= self._take(sequence, min(sequence.pending, left), work)
+        return work
+
+    def advance(self, work: Work, token: int | None) -> None:
+        """Records a step: the work's tokens are in the cache, and `token`, if sampled, comes next."""
+        sequence = work.sequence
+        full = sequence.computed // KV_BLOCK
+        sequence.computed += work.tokens
+        for index in range(full, sequence.computed // KV_BLOCK):
+            self.kv.blocks.name(sequence.blocks[index], sequence.name(index))
+        if token is not None:
+            sequence.tokens.append(token)
+            sequence.counts[token] += 1
 
     def check_integrity(self) -> None:
-        self.kv.check_integrity([block for s in (*self.running, *self.waiting) for block in s.blocks])
+        self.kv.blocks.check_integrity([block for s in (*self.running, *self.waiting()) for block in s.blocks])
+        owners = {s.owner for s in (*self.running, *self.waiting())}
+        assert self._served.keys() == owners, "counters of owners who have left"
+        assert all(self._waiting.values()), "empty queues"
 
-    def _admit(self, work: list[Work], left: int) -> None:
-        skipped: list[Sequence] = []
-        while self.waiting and left and len(self.running) < self.max_batch:
-            sequence = self.waiting.popleft()
-            if not sequence.ready:  # its adapter is on its way; the others do not wait for it
-                skipped.append(sequence)
-                continue
-            count = min(sequence.pending, left)
-            blocks = self.kv.allocate(self.kv.blocks_for(sequence.pending + 1))
+    # -- how it is done
+
+    def _take(self, sequence: Sequence, tokens: int, work: list[Work]) -> int:
+        """Adds that much work of a running sequence if the cache has room, and returns how much it was."""
+        if sequence not in self.running or not self._reserve(sequence, tokens, work):
+            return 0
+        work.append(Work(sequence, tokens))
+        self._served[sequence.owner] += tokens
+        return tokens
+
+    def _make_way(self) -> None:
+        """Where the batch or the cache is full, owners with several places lose some to one who waits with none."""
+        held = Counter(s.owner for s in self.running)
+        newcomer = next((s for s in self.look_ahead() if s.ready and s.owner not in held), None)
+        while newcomer is not None and not self._fits(newcomer):
+            greedy, places = held.most_common(1)[0]
+            if places < 2:
+                return
+            self._preempt(next(s for s in reversed(self.running) if s.owner == greedy))
+            held[greedy] -= 1
+
+    def _fits(self, sequence: Sequence) -> bool:
+        blocks = self.kv.blocks_for(len(sequence.tokens) + 1)
+        return len(self.running) < self.max_batch and blocks <= self.kv.blocks.free
+
+    def _admit(self) -> None:
+        while len(self.running) < self.max_batch:
+            # one whose adapter is on its way does not hold up the others
+            sequence = next((s for s in self.waiting() if s.ready), None)
+            if sequence is None:
+                return
+            # at least one token must be computed, to have something to sample from
+            whole = (len(sequence.tokens) - 1) // KV_BLOCK
+            shared = self.kv.blocks.share([sequence.name(i) for i in range(whole)])
+            needed = self.kv.blocks_for(len(sequence.tokens) + 1) - len(shared)
+            blocks = self.kv.blocks.allocate(needed)
             if blocks is None:  # admitted in order: a long prompt must not starve behind short ones
-                skipped.append(sequence)
-                break
-            sequence.blocks = blocks
+                self.kv.blocks.release(shared)
+                return
+            self._dequeue(sequence)
+            sequence.blocks = shared + blocks
+            sequence.computed = len(shared) * KV_BLOCK
+            self.shared_tokens += sequence.computed
             self.running.append(sequence)
-            work.append(Work(sequence, count))
-            left -= count
-        self.waiting.extendleft(reversed(skipped))
 
-    def _reserve(self, sequence: Sequence, count: int, work: list[Work]) -> bool:
-        """Makes sure of KV blocks for `count` more tokens; preempts the youngest sequences for them if it must."""
-        needed = self.kv.blocks_for(sequence.computed + count) - len(sequence.blocks)
+    def _reserve(self, sequence: Sequence, tokens: int, work: list[Work]) -> bool:
+        """Makes sure of KV blocks for `tokens` more; preempts the youngest sequences for them if it must."""
+        needed = self.kv.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
         if needed <= 0:
             return True
-        while (blocks := self.kv.allocate(needed)) is None:
-            scheduled = {id(w.sequence) for w in work}
-            victim = next(s for s in reversed(self.running) if id(s) not in scheduled)
-            self.running.remove(victim)
-            self._release(victim)
-            self.waiting.appendleft(victim)
+        while (blocks := self.kv.blocks.allocate(needed)) is None:
+            victim = next(s for s in reversed(self.running) if not _has(work, s))
+            self._preempt(victim)
             if victim is sequence:
                 return False
         sequence.blocks += blocks
         return True
 
+    def _preempt(self, victim: Sequence) -> None:
+        self.running.remove(victim)
+        self._release(victim)
+        self._waiting.setdefault(victim.owner, deque()).appendleft(victim)
+
+    def _dequeue(self, sequence: Sequence) -> None:
+        queue = self._waiting[sequence.owner]
+        queue.remove(sequence)
+        if not queue:
+            del self._waiting[sequence.owner]
+
     def _release(self, sequence: Sequence) -> None:
-        self.kv.release(sequence.blocks)
+        self.kv.blocks.release(sequence.blocks)
         sequence.blocks = []
         sequence.computed = 0
+
+
+def _has(work: list[Work], sequence: Sequence) -> bool:
+    return any(w.sequence is sequence for w in work)

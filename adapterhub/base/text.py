@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
+from tokenizers.decoders import ByteLevel, DecodeStream
 
 from adapterhub.errors import BadRequest
 
@@ -22,6 +23,8 @@ class TextCodec:
         self._tokenizer: Tokenizer = tokenizer.backend_tokenizer
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
+        self._special = frozenset(self._tokenizer.get_added_tokens_decoder())
+        self._byte_level = isinstance(self._tokenizer.decoder, ByteLevel)
 
     @property
     def vocabulary(self) -> int:
@@ -39,6 +42,17 @@ class TextCodec:
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that a token stands for, which need not be whole characters."""
+        written = self._tokenizer.id_to_token(token) or ""
+        if token in self._special:
+            return written.encode()
+        if self._byte_level:
+            return b"".join(bytes([_BYTES[c]]) if c in _BYTES else c.encode() for c in written)
+        if byte := re.fullmatch(r"<0x([0-9A-F]{2})>", written):
+            return bytes.fromhex(byte[1])
+        return written.replace("\u2581", " ").encode()
 
     def render(self, messages: list[Message], *, reply: bool) -> str:
         """The conversation as the base's chat template writes it; with `reply`, up to where the assistant begins.
@@ -58,6 +72,17 @@ class TextCodec:
 
     def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
         return Detokenizer(self._tokenizer, list(prompt))
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes with: printable ones stand for themselves, the others are
+    moved up out of the way, in order (the convention of GPT-2's tokenizer)."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+_BYTES = _byte_alphabet()
 
 
 class Detokenizer:

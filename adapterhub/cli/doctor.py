@@ -16,7 +16,7 @@ from rich.table import Table
 
 from adapterhub.cli.client import Json, console
 from adapterhub.config import Config, cache_dir, default_data_dir, format_bytes
-from adapterhub.errors import HubError
+from adapterhub.errors import BlockDamaged, HubError
 
 
 class Finding(NamedTuple):
@@ -86,15 +86,22 @@ def _check_database(config: Config) -> str:
 
 
 def _check_blocks(config: Config) -> str:
+    from adapterhub.swap.block import block_path
     from adapterhub.swap.database import Database
     from adapterhub.swap.registry import Registry
 
     database = Database(config.database)
     try:
         registry = Registry(database, config.blobs_dir, config.disk_bytes)
-        versions = registry.versions()
+        versions, damaged = registry.versions(), []
         for version in versions:
-            registry.block(version)
+            try:
+                registry.block(version)
+            except BlockDamaged as error:
+                path = block_path(config.blobs_dir, version.digest)
+                damaged.append(f"{version.alias}, version {version.number}, in {path}: {error}")
+        if damaged:
+            raise HubError("\n".join(damaged))
         return f"{len(versions)} version(s), every digest right"
     finally:
         database.close()

@@ -218,7 +218,7 @@ def damaged(path: Path, reason: str) -> BlockDamaged:
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor, without a copy."""
-    return memoryview(tensor.view(torch.uint8).numpy())
+    return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def _digest(meta: BlockMeta, payload: torch.Tensor, source_digest: str) -> str:

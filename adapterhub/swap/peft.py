@@ -234,7 +234,7 @@ def _pattern_values(pattern: Mapping[str, float], default: float, names: Iterabl
     """PEFT's rule: the value of the first key that matches the end of the module's name, as a regular expression."""
     deadline = time.monotonic() + _PATTERN_SECONDS
     values = dict.fromkeys(names, default)
-    for key, value in reversed(pattern.items()):  # so that the first has the last word
+    for key, value in reversed(list(pattern.items())):  # so that the first has the last word
         if _PATTERN.fullmatch(key) is None:
             raise InvalidAdapter(
                 f"The pattern {key[:80]!r} cannot be used: it may have up to 256 letters, digits and . * + ? | ( ) [ ] "

@@ -117,7 +117,7 @@ class Registry:
             used = self.disk_used()
             if used + block.meta.nbytes > self._disk_bytes:
                 raise StorageFull(
-                    f"The server's {format_bytes(self._disk_bytes)} for adapters are in use ({format_bytes(used)}), and "
+                    f"Of {format_bytes(self._disk_bytes)} for adapters {format_bytes(used)} are in use, and "
                     f"this one needs {format_bytes(block.meta.nbytes)}. Delete adapters, or raise --disk-bytes."
                 )
             write_block(block, self._blobs)

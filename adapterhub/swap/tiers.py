@@ -13,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ from adapterhub.config import format_bytes
 from adapterhub.errors import HubError, Unavailable, WrongBase
 from adapterhub.swap.allocator import aligned
 from adapterhub.swap.block import BlockMeta, block_path, check_digest, damaged, read_header, read_payload
-from adapterhub.swap.layout import Factors
+from adapterhub.swap.layout import Factors, Layout
 from adapterhub.swap.policy import Span, plan_room, plan_shrink
 from adapterhub.swap.pool import Extent, Pool
 
@@ -44,12 +45,12 @@ class AdapterRef(NamedTuple):
 
 @dataclass
 class Resident:
-    """A block in the pool, or on its way there. `factors` (views into the pool by target) is None until it arrived."""
+    """A block in the pool, or on its way there: `placed` is None until it has arrived."""
 
     digest: str
     extent: Extent
     found: Tier
-    factors: dict[str, Factors] | None = None
+    placed: Placed | None = None
     error: HubError | None = None
     pins: int = 0
     last_use: float = 0.0
@@ -66,13 +67,26 @@ class Hold:
 
     @property
     def ready(self) -> bool:
-        return self.resident.factors is not None
+        return self.resident.placed is not None
 
     @property
     def factors(self) -> dict[str, Factors]:
-        """Target name -> views of its A and B in the pool; valid until the hold is released."""
-        assert self.resident.factors is not None, "the adapter has not arrived"
-        return self.resident.factors
+        """Target name -> views of its A and B in the pool; valid until the hold is released, like `offsets`."""
+        return self._placed.factors
+
+    @property
+    def offsets(self) -> torch.Tensor:
+        """[number of the base's targets] where each target's A lies in the pool, in elements; -1 for one it lacks."""
+        return self._placed.offsets
+
+    @property
+    def rank(self) -> int:
+        return self._placed.rank
+
+    @property
+    def _placed(self) -> Placed:
+        assert self.resident.placed is not None, "the adapter has not arrived"
+        return self.resident.placed
 
     @property
     def error(self) -> HubError | None:
@@ -88,18 +102,34 @@ class HostBlock(NamedTuple):
     payload: torch.Tensor
 
 
+class Placed:
+    """Where a block's factors lie in the pool, for kernels as offsets and for torch as views, made when first asked."""
+
+    def __init__(self, meta: BlockMeta, block: torch.Tensor, start: int, base: Layout) -> None:
+        """`block` is the block's view of the pool, at element `start`; `base` has all targets, in order."""
+        self.rank = meta.rank
+        self._layout, self._block = meta.layout, block
+        at = meta.layout.offsets
+        offsets = [start + meta.rank * at[t.name] if t.name in at else -1 for t in base.targets]
+        self.offsets = torch.tensor(offsets, dtype=torch.int64)
+
+    @cached_property
+    def factors(self) -> dict[str, Factors]:
+        return {target.name: factors for target, factors in self._layout.all_factors(self._block, self.rank)}
+
+
 class Arrival(NamedTuple):
-    """What a reading thread brings: the block in host memory, and views of where it lies, or will lie, in the pool."""
+    """What a reading thread brings: the block in host memory, and where it lies, or will lie, in the pool."""
 
     block: HostBlock
-    factors: dict[str, Factors]
+    placed: Placed
 
 
 @dataclass
 class Counters:
     """Since the start: how often a version was found in each tier, and what moved."""
 
-    hits: dict[Tier, int] = field(default_factory=lambda: {t: 0 for t in (Tier.DEVICE, Tier.RAM, Tier.DISK)})
+    hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys((Tier.DEVICE, Tier.RAM, Tier.DISK), 0))
     evictions: int = 0
     loaded_bytes: int = 0
 
@@ -112,6 +142,7 @@ class Tiers:
         pool: Pool,
         blobs: Path,
         fingerprint: str,
+        layout: Layout,
         *,
         ram_bytes: int,
         load_threads: int,
@@ -120,6 +151,7 @@ class Tiers:
         self.pool = pool
         self.blobs = blobs
         self.fingerprint = fingerprint
+        self._layout = layout
         self.ram_bytes = ram_bytes
         self.counters = Counters()
         self._wake = wake
@@ -138,7 +170,7 @@ class Tiers:
         """
         resident = self._residents.get(ref.digest)
         if resident is not None:
-            tier = Tier.DEVICE if resident.factors is not None else resident.found
+            tier = Tier.DEVICE if resident.placed is not None else resident.found
         else:
             resident = self._start_load(ref)
             if resident is None:
@@ -153,7 +185,8 @@ class Tiers:
         resident = hold.resident
         resident.pins -= 1
         resident.last_use = time.monotonic()
-        if resident.pins == 0 and resident.condemned and resident.error is None:
+        loading = resident.digest in self._loading  # a reader still writes into its extent: `poll` evicts it
+        if resident.pins == 0 and resident.condemned and resident.error is None and not loading:
             self._evict(resident)
 
     def poll(self) -> None:
@@ -177,12 +210,12 @@ class Tiers:
 
     def tier_of(self, digest: str) -> Tier:
         resident = self._residents.get(digest)
-        if resident is not None and resident.factors is not None:
+        if resident is not None and resident.placed is not None:
             return Tier.DEVICE
         return Tier.RAM if digest in self._host else Tier.DISK
 
     def stats(self) -> dict[str, Any]:
-        on_device = [r for r in self._residents.values() if r.factors is not None]
+        on_device = [r for r in self._residents.values() if r.placed is not None]
         return {
             "device": {
                 "budget_bytes": self.pool.allocator.capacity,
@@ -281,8 +314,7 @@ class Tiers:
             host = HostBlock(self._read(path, ref, target), target)
         if on_cpu and host.payload.data_ptr() != self.pool.view(extent).data_ptr():
             self.pool.copy_in(extent, host.payload)
-        views = host.meta.layout.all_factors(self.pool.view(extent), host.meta.rank)
-        return Arrival(host, {target.name: factors for target, factors in views})
+        return Arrival(host, Placed(host.meta, self.pool.view(extent), extent.start, self._layout))
 
     def _read(self, path: Path, ref: AdapterRef, out: torch.Tensor) -> BlockMeta:
         try:
@@ -306,7 +338,7 @@ class Tiers:
 
     def _arrive(self, resident: Resident, future: Future[Arrival]) -> None:
         try:
-            block, factors = future.result()
+            block, placed = future.result()
         except Exception as error:  # whatever a reader met is the waiting requests' to hear
             resident.error = error if isinstance(error, HubError) else Unavailable(f"The adapter did not load: {error}")
             self._evict(resident)
@@ -317,7 +349,7 @@ class Tiers:
             self.counters.loaded_bytes += block.meta.nbytes
             if self.ram_bytes > 0 and not resident.condemned:
                 self._keep_in_ram(resident.digest, block)
-        resident.factors = factors
+        resident.placed = placed
         if resident.condemned and not resident.pins:
             self._evict(resident)
 

@@ -220,8 +220,12 @@ class JobStore:
             self.event(job.id, message, level=level)
         return True
 
-    def change(self, job: Job, **changes: Any) -> None:
-        self._database.update("jobs", job.id, **changes)
+    def note(self, job: Job, message: str, data: Mapping[str, Any], **changes: Any) -> None:
+        """Progress: an event with metrics, and changes to the job; nothing when the job has ended meanwhile."""
+        with self._database.transaction() as db:
+            if not self.get(None, job.id).status.final:
+                self.event(job.id, message, data=data)
+                db.table("jobs").update(job.id, changes)
 
     def fail(self, job: Job, error: HubError) -> None:
         shown = {"code": error.code, "message": error.message, "param": error.param}

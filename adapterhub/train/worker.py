@@ -128,7 +128,6 @@ class Worker:
         if trained is None:
             return
         version = self._registry.publish(job.owner, job.suffix, trained.block, self._engine.base.name, job.id)
-        self._jobs.change(job, trained_tokens=trained.trained_tokens)
         self._succeed(job, version)
 
     def _follow(self, job: Job, data: DataSet, plan: Plan) -> Trained | None:
@@ -163,9 +162,8 @@ class Worker:
             "seconds_left": round(progress.seconds_left, 1),
         }
         message = f"Step {progress.step}/{progress.total_steps}: training loss={progress.loss:.2f}"
-        self._jobs.event(job.id, message, data=data)
         finish = now() + round(progress.seconds_left)
-        self._jobs.change(job, trained_tokens=progress.trained_tokens, estimated_finish=finish)
+        self._jobs.note(job, message, data, trained_tokens=progress.trained_tokens, estimated_finish=finish)
 
     def _succeed(self, job: Job, version: Version) -> None:
         message = f"New fine-tuned model created: {version.model}"

@@ -1,7 +1,7 @@
 """Native code for CPUs: one decoder step of the Llama family in one call, and its operations for other models.
 
-C++ with a C interface, built when it is first needed with whatever compiler is there, and kept in the user's cache under
-a name made of the source, the compiler and the flags. Without a compiler the torch path serves, with one warning.
+C++ with a C interface, built when it is first needed with whatever compiler is there, and kept in the user's cache
+under a name made of the source, the compiler and the flags. Without a compiler the torch path serves, with one warning.
 
 The instructions are chosen when it runs: AMX, AVX-512 BF16, or portable code that the compiler vectorizes.
 """

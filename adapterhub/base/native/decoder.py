@@ -1,4 +1,4 @@
-"""The native step for bases of the Llama family: from a batch to logits in one call that leaves the interpreter free."""
+"""The native step for bases of the Llama family: from a batch to logits in one call, without the interpreter."""
 
 from __future__ import annotations
 
