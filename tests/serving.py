@@ -69,6 +69,8 @@ def save_base(directory: Path, *, seed: int = 0) -> Path:
         tie_word_embeddings=False,
     )
     model = tiny_model(config, seed=seed)
+    with torch.no_grad():
+        model.lm_head.weight *= 20  # so that it can be sure of something, once it has learned it
     model.generation_config.eos_token_id = 2
     model.save_pretrained(directory)
     AutoTokenizer.from_pretrained(base_path(EMBEDDED)).save_pretrained(directory)
@@ -169,13 +171,10 @@ class User:
         return self.http.post("/v1/completions", json=body).raise_for_status().headers["x-adapterhub-tier"]
 
 
-def chat_lines(count: int = 12, answer: str = "Ahoy {}") -> bytes:
-    """A training file of `count` short conversations."""
-    return b"".join(
-        b'{"messages": [{"role": "user", "content": "Say %d"}, {"role": "assistant", "content": "%s"}]}\n'
-        % (i, answer.format(i).encode())
-        for i in range(count)
-    )
+def chat_lines(count: int = 12, answer: str = "Aye") -> bytes:
+    """A training file of `count` short conversations, from which the tiny base learns to give that answer."""
+    line = b'{"messages": [{"role": "user", "content": "Say %d"}, {"role": "assistant", "content": "%s"}]}\n'
+    return b"".join(line % (i, answer.encode()) for i in range(count))
 
 
 # -- a server in this process

@@ -355,6 +355,24 @@ def test_both_names_of_the_token_limit_are_understood(user: User) -> None:
         assert answer.choices[0].finish_reason == "length"
 
 
+def test_an_answer_ends_where_the_model_ends_its_turn_unless_told_otherwise(user: User) -> None:
+    model = user.job(user.train(chat_lines()), "succeeded").fine_tuned_model
+
+    def ask(**more: Any) -> Any:
+        said: list[Any] = [{"role": "user", "content": "Say 3"}]
+        return user.openai.chat.completions.create(model=model, messages=said, temperature=0, max_tokens=30, **more)
+
+    answer = ask()
+    assert (answer.choices[0].message.content, answer.choices[0].finish_reason) == ("Aye", "stop")
+    assert answer.usage.completion_tokens < 10
+    chunks = list(ask(stream=True))
+    assert (text_of(chunks), chunks[-1].choices[0].finish_reason) == ("Aye", "stop")
+    for load_generators in ({"ignore_eos": True}, {"min_tokens": 30}):
+        longer = ask(extra_body=load_generators)
+        assert longer.choices[0].finish_reason == "length"
+        assert longer.usage.completion_tokens == 30
+
+
 def test_without_a_limit_an_answer_goes_on_to_the_end_of_the_context(user: User) -> None:
     answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, temperature=0)
     assert answer.usage is not None

@@ -72,24 +72,27 @@ def test_max_steps_ends_a_training_early_and_never_makes_it_longer(llama: Base) 
 # -- a life
 
 
-def test_a_job_tells_its_life_in_openais_words_and_its_model_is_live_at_once(user: User) -> None:
-    job = user.job(user.train(chat_lines(), suffix="mine", n_epochs=4), "succeeded")
-    assert user.ask(job.fine_tuned_model) == user.ask(f"{user.owner}/mine") != user.ask(BASE)
+def test_a_job_tells_its_life_in_openais_words_and_its_model_is_live_at_once(server: Server, user: User) -> None:
+    line = [{"role": "user", "content": "Say 3"}, {"role": "assistant", "content": "Aye"}]
+    tokens = 12 * len(server.hub.codec.encode(server.hub.codec.render(line, reply=False))) + 2  # of 10 and 11
+    job = user.job(user.train(chat_lines(), suffix="mine"), "succeeded")
+    assert user.ask(job.fine_tuned_model, "Say 3") == user.ask(f"{user.owner}/mine", "Say 3") == "Aye"
+    assert user.ask(BASE, "Say 3") != "Aye"
     said = messages(user, job.id)
     steps = [m for m in said if m.startswith("Step ")]
     assert [m for m in said if m not in steps] == [
         f"Created fine-tuning job: {job.id}",
         f"Validating training file: {job.training_file}",
-        "12 examples, 472 tokens; 12 steps in 4 epoch(s) with batch size 4",
+        f"12 examples, {tokens} tokens; 36 steps in 12 epoch(s) with batch size 4",
         "Files validated, moving job to queued state",
         "Fine-tuning job started",
         f"New fine-tuned model created: {job.fine_tuned_model}",
         "The job has successfully completed",
     ]
-    assert all(re.fullmatch(rf"Step {i}/12: training loss=\d+\.\d\d", m) for i, m in enumerate(steps, start=1))
-    assert len(steps) == 12
+    assert all(re.fullmatch(rf"Step {i}/36: training loss=\d+\.\d\d", m) for i, m in enumerate(steps, start=1))
+    assert len(steps) == 36
     assert said.index(steps[0]) == 5
-    assert (job.trained_tokens, job.estimated_finish, job.error) == (4 * 472, None, None)
+    assert (job.trained_tokens, job.estimated_finish, job.error) == (12 * tokens, None, None)
 
 
 def test_progress_comes_as_metrics_and_the_loss_falls(user: User) -> None:
@@ -100,8 +103,8 @@ def test_progress_comes_as_metrics_and_the_loss_falls(user: User) -> None:
     assert [e.data for e in events if e.type == "message"] == [None] * 7
     assert [m["step"] for m in metrics] == list(range(1, 37))
     assert {m["total_steps"] for m in metrics} == {36}
-    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"] / 1.2
-    assert metrics[-1]["train_mean_token_accuracy"] > metrics[0]["train_mean_token_accuracy"]
+    assert metrics[-1]["train_loss"] < metrics[0]["train_loss"] / 10
+    assert metrics[-1]["train_mean_token_accuracy"] == 1 > metrics[0]["train_mean_token_accuracy"]
     assert [m["trained_tokens"] for m in metrics] == sorted(m["trained_tokens"] for m in metrics)
     assert metrics[-1]["trained_tokens"] == job.trained_tokens
     assert metrics[-1]["seconds_left"] == 0
@@ -131,23 +134,23 @@ def test_the_same_seed_and_data_make_the_same_model(user: User) -> None:
 
 def test_retraining_a_name_makes_its_second_version(user: User) -> None:
     first = user.job(user.train(chat_lines(), suffix="mine"), "succeeded")
-    said = user.ask(first.fine_tuned_model)
-    second = user.job(user.train(chat_lines(answer="Well, {}"), suffix="mine"), "succeeded")
+    second = user.job(user.train(chat_lines(answer="Well"), suffix="mine"), "succeeded")
     [adapter] = user.http.get("/v1/adapters").json()["data"]
     assert [(v["number"], v["model"], v["origin"]) for v in adapter["versions"]] == [
         (2, second.fine_tuned_model, second.id),
         (1, first.fine_tuned_model, first.id),
     ]
-    assert user.ask(f"{user.owner}/mine") == user.ask(second.fine_tuned_model) != said
-    assert user.ask(first.fine_tuned_model) == said
+    for model, said in ((f"{user.owner}/mine", "Well"), (second.fine_tuned_model, "Well")):
+        assert user.ask(model, "Say 3") == said
+    assert user.ask(first.fine_tuned_model, "Say 3") == "Aye"
 
 
 def test_two_owners_jobs_make_a_model_for_each(server: Server) -> None:
     users = [server.user(), server.user()]
-    answers = ("Ahoy {}", "Well, {}")
+    answers = ("Aye", "Well")
     jobs = [u.train(chat_lines(answer=a), suffix="same") for u, a in zip(users, answers, strict=True)]
     models = [u.job(j, "succeeded").fine_tuned_model for u, j in zip(users, jobs, strict=True)]
-    assert len({u.ask(f"{u.owner}/same") for u in users}) == 2
+    assert tuple(u.ask(f"{u.owner}/same", "Say 3") for u in users) == answers
     for user, model, others in zip(users, models, models[::-1], strict=True):
         assert [m.id for m in user.openai.models.list()] == [BASE, f"{user.owner}/same", model]
         with pytest.raises(openai.NotFoundError):
