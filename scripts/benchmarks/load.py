@@ -1,0 +1,111 @@
+"""Load on any server that speaks OpenAI's API."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+
+from benchmarks.server import PROMPT
+
+MAX_CONNECTIONS = 512
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One streamed completion: seconds to the first token and to the end, and how many tokens there were."""
+
+    first: float
+    whole: float
+    tokens: int
+    tier: str = ""
+
+    @property
+    def per_token(self) -> float:
+        return (self.whole - self.first) / max(self.tokens - 1, 1)
+
+
+@dataclass(frozen=True)
+class Round:
+    """A closed loop of streams that start together."""
+
+    answers: list[Answer]
+    seconds: float
+
+    @property
+    def rate(self) -> float:
+        """Tokens per second of all streams together."""
+        return sum(a.tokens for a in self.answers) / self.seconds
+
+    @property
+    def first_ms(self) -> float:
+        return statistics.median(a.first for a in self.answers) * 1e3
+
+
+class Load:
+    def __init__(self, url: str, key: str = "none") -> None:
+        self._options: dict[str, Any] = {
+            "base_url": url,
+            "headers": {"Authorization": f"Bearer {key}"},
+            "timeout": 600,
+            "limits": httpx.Limits(max_connections=MAX_CONNECTIONS),
+        }
+
+    def rounds(self, models: Sequence[str], streams: int, tokens: int, count: int) -> list[Round]:
+        """`count` rounds after one to warm up; stream i asks for models[i % len(models)]."""
+
+        async def run() -> list[Round]:
+            async with httpx.AsyncClient(**self._options) as client:
+                return [await self._round(client, models, streams, tokens) for _ in range(count + 1)]
+
+        return asyncio.run(run())[1:]
+
+    def one(self, model: str, tokens: int, prompt: Any) -> Answer:
+        async def run() -> Answer:
+            async with httpx.AsyncClient(**self._options) as client:
+                return await complete(client, model, tokens, prompt)
+
+        return asyncio.run(run())
+
+    async def _round(self, client: httpx.AsyncClient, models: Sequence[str], streams: int, tokens: int) -> Round:
+        started = time.perf_counter()
+        asked = (complete(client, models[i % len(models)], tokens) for i in range(streams))
+        answers = await asyncio.gather(*asked)
+        return Round(list(answers), time.perf_counter() - started)
+
+
+async def complete(client: httpx.AsyncClient, model: str, tokens: int, prompt: Any = PROMPT) -> Answer:
+    """Exactly `tokens` greedy tokens, streamed."""
+    body = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "min_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    started = time.perf_counter()
+    first, produced = None, 0
+    async with client.stream("POST", "/v1/completions", json=body) as answer:
+        if answer.status_code != 200:
+            raise SystemExit(f"{model}: {answer.status_code} {(await answer.aread())[:300]!r}")
+        async for line in answer.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            chunk = json.loads(line[6:])
+            if "error" in chunk:
+                raise SystemExit(f"{model}: {chunk['error']}")
+            if chunk["choices"] and first is None:
+                first = time.perf_counter() - started
+            if chunk.get("usage"):
+                produced = chunk["usage"]["completion_tokens"]
+        tier = answer.headers.get("x-adapterhub-tier", "")
+    return Answer(first or 0.0, time.perf_counter() - started, produced, tier)

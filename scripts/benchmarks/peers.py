@@ -1,0 +1,62 @@
+"""The same load on peers, where they are there: a vLLM server by its URL, PEFT in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+
+from adapterhub.base.embedded import EMBEDDED, base_path
+from benchmarks.load import Load
+from benchmarks.report import Figure
+from benchmarks.server import PROMPT, write_peft_directories
+
+PEFT_STREAMS = (1, 16)
+
+
+@dataclass(frozen=True)
+class Peers:
+    vllm: str | None
+    peft: bool
+
+    def decode(self, streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
+        with tempfile.TemporaryDirectory() as directory:
+            paths = write_peft_directories(Path(directory), max(streams)) if self.vllm or self.peft else []
+            figures = _vllm(self.vllm, paths, streams, tokens, rounds) if self.vllm else []
+            return figures + (_peft(paths, tokens, rounds) if self.peft else [])
+
+
+def _vllm(url: str, paths: list[Path], streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
+    with httpx.Client(base_url=url, timeout=600) as client:
+        base = client.get("/v1/models").json()["data"][0]["id"]
+        for path in paths:
+            body = {"lora_name": f"a{path.name}", "lora_path": str(path)}
+            client.post("/v1/load_lora_adapter", json=body).raise_for_status()
+    load, names = Load(url), [f"a{path.name}" for path in paths]
+    figures = []
+    for count in streams:
+        for kind, models in (("base", [base]), ("all different", names)):
+            rates = [r.rate for r in load.rounds(models, count, tokens, rounds)]
+            figures.append(Figure.of(f"vLLM: {count} streams, {kind}", "tok/s", rates))
+    return figures
+
+
+def _peft(paths: list[Path], tokens: int, rounds: int) -> list[Figure]:
+    order = {
+        "base": base_path(EMBEDDED),
+        "paths": [str(p) for p in paths[: max(PEFT_STREAMS)]],
+        "streams": PEFT_STREAMS,
+        "tokens": tokens,
+        "rounds": rounds,
+        "prompt": PROMPT,
+    }
+    command = [sys.executable, str(Path(__file__).with_name("peft_peer.py")), json.dumps(order)]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    rates = json.loads(printed.splitlines()[-1])
+    return [Figure.of(f"PEFT: {n} streams, all different", "tok/s", values) for n, values in rates.items()]
