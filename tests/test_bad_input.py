@@ -20,7 +20,18 @@ from transformers import PreTrainedModel
 
 from adapterhub.config import MIB
 from adapterhub.train.data import MAX_LINE_BYTES
-from tests.serving import BASE, CONTEXT, MAX_FILE, PeftFiles, Server, User, chat_lines, running, small_config
+from tests.serving import (
+    BASE,
+    CONTEXT,
+    MAX_FILE,
+    PeftFiles,
+    Server,
+    User,
+    chat_lines,
+    eventually,
+    running,
+    small_config,
+)
 
 HELLO = [{"role": "user", "content": "Hello there"}]
 CHAT, PLAIN, JOBS = "/v1/chat/completions", "/v1/completions", "/v1/fine_tuning/jobs"
@@ -36,7 +47,8 @@ def refused(answer: httpx.Response, status: int, code: str, *words: str, param: 
     error = body["error"]
     assert error.keys() == {"message", "type", "param", "code"}
     assert error["code"] == code, error
-    assert error["type"] == ("server_error" if status >= 500 else "invalid_request_error")
+    kinds = {429: "rate_limit_error", 500: "server_error", 504: "server_error", 507: "server_error"}
+    assert error["type"] == kinds.get(status, "invalid_request_error")
     assert param is str or error["param"] == param, error
     assert all(word in error["message"] for word in words), error
     assert 10 < len(error["message"]) < 1000
@@ -682,7 +694,60 @@ def test_an_import_without_all_its_parts_or_over_the_limit_is_refused(user: User
     refused(imported(user, adapter, weights=b" " * (MAX_FILE + MIB)), 413, "request_too_large", "7.0 MiB")
 
 
-# -- when it is the server's fault
+# -- when it is too much, or the server's fault
+
+
+def test_one_request_too_many_is_told_to_come_back(base_directory: Path, tmp_path: Path) -> None:
+    with running(small_config(base_directory, tmp_path, max_batch=2, max_waiting=1)) as server:
+        user = server.user()
+        for n, stream in ((4, False), (4, True), (16, True)):  # each answer counts
+            answer = chat(user, n=n, stream=stream, max_tokens=100)
+            refused(answer, 429, "queue_full", "3 requests", "Try again")
+            assert answer.headers["retry-after"] == "1"
+        with pytest.raises(openai.RateLimitError):
+            user.ask(BASE, n=4)
+        eventually(lambda: (s := server.engine_stats())["running"] == s["waiting"] == 0)
+        assert chat(user, n=3).is_success, "nothing of the refused ones is left in the queue"
+
+
+def test_an_answer_that_takes_too_long_ends_with_an_error(base_directory: Path, tmp_path: Path) -> None:
+    with running(small_config(base_directory, tmp_path, request_seconds=0.01)) as server:
+        user = server.user()
+        refused(chat(user, max_tokens=400), 504, "deadline_exceeded", "0.01 seconds", "fewer tokens")
+        eventually(lambda: server.engine_stats()["running"] == 0)
+
+
+def test_a_failure_amid_a_stream_is_its_last_event(base_directory: Path, tmp_path: Path) -> None:
+    with running(small_config(base_directory, tmp_path, request_seconds=0.2)) as server:
+        user = server.user()
+        user.train(chat_lines(200), batch_size=1, n_epochs=100)  # so that the answer takes its time
+        with pytest.raises(openai.APIError, match="not complete within") as failed:
+            for _ in user.openai.chat.completions.create(model=BASE, messages=HELLO, stream=True):
+                pass
+        assert failed.value.code == "deadline_exceeded"
+        text = chat(user, stream=True, max_tokens=None).text
+        assert text.rstrip().rpartition("\n\n")[2].startswith('data: {"error":{')
+        assert "[DONE]" not in text
+
+
+def test_a_damaged_adapter_fails_its_own_requests_only(
+    server: Server, owner: User, adapter: PeftFiles, base_model: PreTrainedModel, tmp_path: Path
+) -> None:
+    stored = server.stored()
+    damaged = owner.import_adapter(PeftFiles(base_model, tmp_path / "peft", seed=81, lora_alpha=8), "damaged")
+    owner.import_adapter(adapter, "whole")
+    [name] = {n for n in server.stored() - stored if damaged["versions"][0]["digest"] in n}
+    path = server.data_dir / name
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    for options in ({}, {"stream": True}, {"n": 4}, {"n": 4, "stream": True}):
+        refused(
+            chat(owner, model=f"{owner.owner}/damaged", **options), 500, "block_damaged", "Import or train it again"
+        )
+    answer = plain(owner, model=f"{owner.owner}/damaged", prompt=["a", "b", "c"])
+    refused(answer, 500, "block_damaged", "other adapters are not affected")
+    assert owner.ask(f"{owner.owner}/whole")
+    assert owner.http.delete(f"/v1/adapters/{damaged['id']}").is_success
 
 
 def test_a_bug_is_a_500_with_a_request_id_that_the_log_has_too(

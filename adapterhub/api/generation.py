@@ -146,10 +146,14 @@ class Generation:
             seed = None if plan.seed is None else plan.seed + index % choices
             self._answers.append(self._answer(index, prompts[index // choices], replace(plan, seed=seed)))
         self._first: list[Piece] = []
+        self._next: dict[asyncio.Future[Piece], int] = {}  # what is awaited of which answer
 
     async def started(self) -> bool:
         try:
-            self._first = await asyncio.gather(*map(anext, self._answers))
+            for index in range(len(self._answers)):
+                self._await(index)
+            self._first = await asyncio.gather(*self._next)
+            self._next.clear()
         except BaseException:
             await self.close()
             raise
@@ -159,22 +163,17 @@ class Generation:
         """Everything from the first pieces on, of all answers as they come."""
         for piece in self._first:
             yield piece
-        waiting = {
-            asyncio.ensure_future(anext(self._answers[p.index])): p.index for p in self._first if p.finish is None
-        }
-        try:
-            while waiting:
-                done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
-                for task in done:
-                    index = waiting.pop(task)
-                    piece = task.result()
-                    yield piece
-                    if piece.finish is None:
-                        waiting[asyncio.ensure_future(anext(self._answers[index]))] = index
-        finally:
-            for task in waiting:
-                task.cancel()
-            await asyncio.gather(*waiting, return_exceptions=True)
+        for piece in self._first:
+            if piece.finish is None:
+                self._await(piece.index)
+        while self._next:
+            done, _ = await asyncio.wait(self._next, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = self._next.pop(task)
+                piece = task.result()
+                yield piece
+                if piece.finish is None:
+                    self._await(index)
 
     async def whole(self) -> list[Piece]:
         """Each answer in one piece, in order."""
@@ -192,6 +191,9 @@ class Generation:
 
     async def close(self) -> None:
         """Stops the engine's work on answers that nobody waits for."""
+        for task in self._next:  # first, since an answer that is awaited cannot be closed
+            task.cancel()
+        await asyncio.gather(*self._next, return_exceptions=True)
         for answer in self._answers:
             await answer.aclose()
 
@@ -213,6 +215,9 @@ class Generation:
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
         }
+
+    def _await(self, index: int) -> None:
+        self._next[asyncio.ensure_future(anext(self._answers[index]))] = index
 
     async def _answer(self, index: int, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Piece]:
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
