@@ -21,7 +21,7 @@ from safetensors.torch import load as load_safetensors
 from transformers import AutoTokenizer, PreTrainedModel
 
 from tests.serving import BASE, CONTEXT, SECONDS, PeftFiles, Server, User, chat_lines
-from tests.tiny import greedy
+from tests.tiny import full_logits, greedy
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 
@@ -347,6 +347,73 @@ def test_a_seed_gives_the_same_answer_again_and_another_one_does_not(user: User)
     assert len({ask(seed) for seed in range(4)}) == 4
 
 
+def test_several_answers_are_those_of_one_seed_after_the_other(user: User) -> None:
+    sampled: dict[str, Any] = {"temperature": 2, "max_tokens": 8}
+    alone = [user.ask(BASE, seed=seed, **sampled) for seed in (5, 6, 7)]
+    answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, n=3, seed=5, **sampled)
+    assert [c.index for c in answer.choices] == [0, 1, 2]
+    assert [c.message.content for c in answer.choices] == alone
+    assert len(set(alone)) == 3
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 24
+    chunks = streamed(user.openai, n=3, seed=5, **sampled)
+    for index in range(3):
+        mine = [c.choices[0] for c in chunks if c.choices[0].index == index]
+        assert mine[0].delta.role == "assistant"
+        assert "".join(c.delta.content or "" for c in mine) == alone[index]
+        assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["length"]
+
+
+def test_log_probabilities_are_those_of_the_model(
+    user: User, base_model: PreTrainedModel, tokenizer: Any, hello: list[int]
+) -> None:
+    tokens = greedy(base_model, hello, 6)
+    expected = full_logits(base_model, hello + tokens).log_softmax(-1)[len(hello) - 1 : -1]
+    best = expected.topk(5)
+    asked: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "logprobs": True, "top_logprobs": 5}
+    whole = user.openai.chat.completions.create(model=BASE, messages=HELLO, **asked).choices[0]
+    chunks = streamed(user.openai, **asked)
+    pieces = [c.choices[0].logprobs for c in chunks if c.choices[0].logprobs is not None]
+    for content in (whole.logprobs.content, [entry for piece in pieces for entry in piece.content]):  # type: ignore[union-attr]
+        assert [entry.token for entry in content] == [tokenizer.decode([t]) for t in tokens]
+        assert [bytes(entry.bytes).decode() for entry in content] == [entry.token for entry in content]
+        assert [entry.logprob for entry in content] == pytest.approx(
+            [float(expected[i, t]) for i, t in enumerate(tokens)], abs=1e-3
+        )
+        for i, entry in enumerate(content):
+            assert [b.token for b in entry.top_logprobs] == [tokenizer.decode([t]) for t in best.indices[i]]
+            assert [b.logprob for b in entry.top_logprobs] == pytest.approx(best.values[i].tolist(), abs=1e-3)
+    asked["top_logprobs"] = 0
+    bare = user.openai.chat.completions.create(model=BASE, messages=HELLO, **asked).choices[0]
+    assert [entry.top_logprobs for entry in bare.logprobs.content] == [[]] * 6  # type: ignore[union-attr]
+
+
+def test_penalties_and_biases_change_the_choice_as_openai_describes(
+    user: User, base_model: PreTrainedModel, tokenizer: Any, hello: list[int]
+) -> None:
+    """Against a loop over transformers' logits."""
+    plain = greedy(base_model, hello, 10)
+    bias = {plain[0]: -100, plain[3]: 30, 1000: 25}
+    for frequency, presence, biases in ((2.0, 0.0, {}), (0.0, 2.0, {}), (-2.0, 1.5, bias)):
+        tokens: list[int] = []
+        for _ in range(10):
+            logits = full_logits(base_model, hello + tokens)[-1]
+            for token in set(tokens):
+                logits[token] -= frequency * tokens.count(token) + presence
+            for token, value in biases.items():
+                logits[token] += value
+            tokens.append(int(logits.argmax()))
+        answer = user.ask(
+            BASE,
+            max_tokens=10,
+            frequency_penalty=frequency,
+            presence_penalty=presence,
+            logit_bias={str(token): value for token, value in biases.items()},
+        )
+        assert answer == tokenizer.decode(tokens)
+    assert tokens != plain
+
+
 def test_both_names_of_the_token_limit_are_understood(user: User) -> None:
     for name in ("max_tokens", "max_completion_tokens"):
         answer = user.openai.chat.completions.create(model=BASE, messages=HELLO, **{name: 5})
@@ -401,13 +468,10 @@ def test_content_in_parts_and_every_role_are_read_as_text(user: User, tokenizer:
 def test_unknown_fields_and_those_that_ask_for_what_is_done_anyway_pass(user: User) -> None:
     user.ask(
         BASE,
-        n=1,
         logprobs=False,
         response_format={"type": "text"},
         tool_choice="none",
-        frequency_penalty=0,
-        presence_penalty=0,
-        logit_bias={},
+        reasoning_effort="none",
         user="somebody",
         metadata={"a": "b"},
         extra_body={"something_new": {"deep": [1, 2]}},
@@ -469,6 +533,35 @@ def test_a_completion_streams_and_has_sixteen_tokens_by_default(user: User) -> N
     assert "".join(c.choices[0].text for c in chunks[:-1]) == whole.choices[0].text
     assert chunks[-2].choices[0].finish_reason == "length"
     assert chunks[-1].usage == whole.usage
+
+
+def test_several_prompts_and_answers_are_streamed_side_by_side(user: User) -> None:
+    asked: dict[str, Any] = {"model": BASE, "prompt": ["Once", "Call me"], "n": 2, "seed": 1, "max_tokens": 5}
+    whole = user.openai.completions.create(**asked)
+    assert [c.index for c in whole.choices] == [0, 1, 2, 3]
+    texts = [""] * 4
+    for chunk in user.openai.completions.create(**asked, stream=True):
+        texts[chunk.choices[0].index] += chunk.choices[0].text
+    assert texts == [c.text for c in whole.choices]
+
+
+def test_log_probabilities_of_a_completion_come_with_the_offsets_of_their_tokens(
+    user: User, base_model: PreTrainedModel, tokenizer: Any
+) -> None:
+    prompt = tokenizer("Once upon a time").input_ids
+    tokens = greedy(base_model, prompt, 5)
+    expected = full_logits(base_model, prompt + tokens).log_softmax(-1)[len(prompt) - 1 : -1]
+    answer = user.openai.completions.create(model=BASE, prompt=prompt, temperature=0, max_tokens=5, logprobs=2)
+    choice: Any = answer.choices[0]
+    assert choice.logprobs.tokens == [tokenizer.decode([t]) for t in tokens]
+    assert choice.logprobs.token_logprobs == pytest.approx(
+        [float(expected[i, t]) for i, t in enumerate(tokens)], abs=1e-3
+    )
+    for token, offset in zip(choice.logprobs.tokens, choice.logprobs.text_offset, strict=True):
+        assert choice.text[offset:].startswith(token)
+    assert [set(b) for b in choice.logprobs.top_logprobs] == [
+        {tokenizer.decode([t]) for t in row} for row in expected.topk(2).indices
+    ]
 
 
 def test_any_tokens_at_all_become_text(user: User) -> None:
