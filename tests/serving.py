@@ -145,7 +145,7 @@ class User:
         )
         return job.id
 
-    def job(self, identity: str, *wanted: str) -> Any:
+    def job(self, identity: str, *wanted: str, seconds: float = SECONDS) -> Any:
         """The job, once it is in one of the states `wanted`, or has ended."""
         final = ("succeeded", "failed", "cancelled")
 
@@ -153,7 +153,7 @@ class User:
             job = self.openai.fine_tuning.jobs.retrieve(identity)
             return job if job.status in (*wanted, *final) else None
 
-        job = eventually(look)
+        job = eventually(look, seconds=seconds)
         assert not wanted or job.status in wanted, job
         return job
 
