@@ -214,3 +214,22 @@ def test_other_families_are_left_to_torch() -> None:
     for family in FAMILIES.keys() - {"llama", "mistral", "qwen2", "qwen3"}:
         assert not supports(prepare_base("tiny", tiny_model(family).bfloat16(), None, CPU))
     assert not supports(prepare_base("tiny", tiny_model("llama"), None, CPU))  # fp32
+
+
+@pytest.mark.parametrize("family", ["gemma", "gpt_neox", "phi", "qwen2"])
+def test_in_other_families_native_ops_give_what_torch_gives(family: str) -> None:
+    served, exact = bases(family)
+    pool = torch.zeros(1 << 17, dtype=torch.bfloat16)
+    some = served.layout.subset([t.name for t in served.layout.targets][1::2])
+    adapters = [in_pool(pool, 0, served.layout, served.layout, 5, seed=1), None]
+    adapters.append(in_pool(pool, 1 << 16, some, served.layout, 16, seed=2))
+    kv, kv_exact, kv_torch = caches(served, exact, served)
+    with torch.no_grad():
+        for lengths, contexts in (([20, 37, 1], [20, 37, 1]), ([1, 1, 1], [21, 38, 2])):
+            ends = torch.tensor(lengths).cumsum(0) - 1
+            native, plain = (batch(cache, lengths, contexts, adapters) for cache in (kv, kv_torch))
+            native.pool = pool
+            found, rounded = served.logits(native, ends).float(), served.logits(plain, ends).float()
+            expected = exact.logits(batch(kv_exact, lengths, contexts, adapters), ends)
+            assert (found - expected).norm() <= 1.2 * (rounded - expected).norm()
+            assert not torch.equal(found, rounded)  # or it did not go another way

@@ -26,11 +26,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from adapterhub.base import runner
 from adapterhub.base.engine import Engine
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base, prepare_base
 from adapterhub.base.request import Output, Request, Sampling
+from adapterhub.base.runner import Runner
 from adapterhub.base.scheduler import Sequence as Running
 from adapterhub.base.scheduler import Work
 from adapterhub.config import Config
@@ -251,7 +251,7 @@ class Machine:
     def forward(self, *work: Work) -> list[torch.Tensor]:
         """One forward; the logits of all tokens of each work."""
         with torch.no_grad():
-            batch = runner._batch(self.base, self.kv, list(work))
+            batch = Runner(self.base, self.kv, self.tiers.pool.tensor).batch(list(work))
             logits = self.base.logits(batch, torch.arange(len(batch.tokens)))
         for w in work:
             w.sequence.computed += w.tokens

@@ -2,7 +2,8 @@
 
 Every layer of an injected model comes here with the queries, keys and values of all tokens of the forward, end to end.
 Keys and values go into the cache; then sequences that decode one token are computed together, and the others one by
-one. This is the torch backend, which also trains (no cache, the whole context in the forward).
+one. This is the torch backend, which also trains (no cache, the whole context in the forward); decoding in bf16 on a
+CPU goes to native code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from adapterhub.base.batch import Batch, Span
+from adapterhub.base.native import ops
 from adapterhub.errors import BadRequest
 
 ATTENTION = "adapterhub"
@@ -111,6 +113,8 @@ def _attend_decodes(
     rows = batch.decode_rows
     if batch.kv is None or all(s.context == 1 for s in batch.decodes):  # nothing before: each sees itself alone
         return v[:, rows].repeat_interleave(q.shape[0] // v.shape[0], 0)
+    if softcap is None and ops.usable(q):
+        return ops.decode_attention(q[:, rows], *batch.kv.layer(layer), batch, scale, window)
     k_all, v_all = batch.kv.read_many(layer, batch.decode_tables)  # [n, S, kv_heads, ..]
     heads, kv_heads = q.shape[0], k.shape[0]
     grouped = q[:, rows].transpose(0, 1).reshape(len(rows), kv_heads, heads // kv_heads, -1)

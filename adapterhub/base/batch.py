@@ -49,6 +49,7 @@ class KeyValues(Protocol):
     def write(self, layer: int, k: torch.Tensor, v: torch.Tensor, slots: torch.Tensor | None) -> None: ...
     def read(self, layer: int, span: Span) -> tuple[torch.Tensor, torch.Tensor]: ...
     def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]: ...
 
 
 class PooledAdapter(Adapter, Protocol):
@@ -80,6 +81,7 @@ class Batch:
     segments: list[Segment]
     kv: KeyValues | None = None
     slots: torch.Tensor | None = None  # [T] where each token's key and value go in the KV cache
+    pool: torch.Tensor | None = None  # where the segments' adapters lie; None where they are a job's parameters
     _decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @cached_property

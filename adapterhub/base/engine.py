@@ -1,11 +1,12 @@
 """The engine: one thread that owns the device, serves requests in one continuous batch, and trains when there is time.
 
 Other threads reach it through its inbox; what comes back is handed to `on_output`, a step at a time. A step is:
-`Tiers.poll -> pin what comes next -> Scheduler.schedule -> runner.run -> outputs -> unpin what has ended`.
+`Tiers.poll -> pin what comes next -> Scheduler.schedule -> Runner.run -> outputs -> unpin what has ended`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,11 +18,10 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from adapterhub.base import runner
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base
-from adapterhub.base.native.decoder import native_forward
 from adapterhub.base.request import Finish, Origin, Output, Request, Token
+from adapterhub.base.runner import Runner
 from adapterhub.base.scheduler import Scheduler, Sequence
 from adapterhub.config import MIB, Config
 from adapterhub.errors import (
@@ -71,12 +71,10 @@ class Engine:
             load_threads=config.load_threads,
             wake=lambda: self._inbox.put(lambda: None),
         )
-        native = native_forward(base, self.kv, self.tiers.pool.tensor)
-        self._forward = native or base.logits
+        self._runner = Runner(base, self.kv, self.tiers.pool.tensor)
         self._train_threads = self._torch_threads = torch.get_num_threads()
-        # the native step has threads of its own; torch's would keep the cores busy waiting for what little is left to
-        # do
-        self._serve_threads = self._train_threads if native is None else 1
+        # the native step has threads of its own; torch's would keep the cores busy for the little that is left
+        self._serve_threads = 1 if self._runner.native else self._train_threads
         self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._idle_work: deque[IdleWork] = deque()
@@ -87,8 +85,8 @@ class Engine:
         self._request_seconds = config.request_seconds
         self._next_sweep = 0.0
         self._stopping = False
-        self._ending = threading.Lock()  # what is asked before `_ended` is set is answered, what comes after refused;
-        # also guards `_live`
+        # guards `_live` and `_ended`: what is asked before the end is answered, what comes after is refused
+        self._ending = threading.Lock()
         self._ended = False
         self._thread = threading.Thread(target=self._loop, name="adapterhub-engine", daemon=True)
 
@@ -169,11 +167,11 @@ class Engine:
         self._fail(self._scheduler.find(lambda _: True), _shutting_down())
 
     def _turn(self, wait: bool) -> bool:
-        """One turn of the loop. False when there was nothing to do, which only something in the inbox can change: the
-        next turn may `wait` for it."""
+        """One turn of the loop. False when there was nothing to do, which only something in the inbox can change, or a
+        deadline: the next turn may `wait` for it."""
         try:
             if wait:
-                self._inbox.get()()
+                self._sleep()
             self._drain()
             self.tiers.poll()
             self._sweep()
@@ -182,6 +180,11 @@ class Engine:
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
             return True
+
+    def _sleep(self) -> None:
+        """Until something is in the inbox, or it is time to look at deadlines."""
+        with contextlib.suppress(Empty):
+            self._inbox.get(timeout=_SWEEP_SECONDS if self._live else None)()
 
     def _drain(self) -> None:
         """Runs what others asked for."""
@@ -229,7 +232,7 @@ class Engine:
         started = time.perf_counter()
         self._use_threads(self._serve_threads)
         try:
-            outcomes = runner.run(self.base, self.kv, self._forward, work)
+            outcomes = self._runner.run(work)
         except Exception as error:  # the step's requests fail; the others, and the thread, go on
             log.exception("a step failed")
             self._fail([w.sequence for w in work], ServerFault(f"The model failed on this request: {error}"))

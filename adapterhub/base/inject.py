@@ -20,11 +20,11 @@ from adapterhub.swap.layout import Layout, Target
 class MultiplexedLinear(nn.Module):
     """A linear of the base plus, for each segment of the running batch, its adapter's delta."""
 
-    def __init__(self, linear: nn.Linear, target: str, slot: Slot) -> None:
+    def __init__(self, linear: nn.Linear, target: str, number: int, slot: Slot) -> None:
         super().__init__()
         self.weight, self.bias = linear.weight, linear.bias
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.target = target
+        self.target, self.number = target, number
         self.slot = slot
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -32,8 +32,8 @@ class MultiplexedLinear(nn.Module):
         batch = self.slot.batch
         if batch is None or not batch.segments:
             return y
-        flat = add_lora(y.view(-1, self.out_features), x.reshape(-1, self.in_features), batch.segments, self.target)
-        return flat.view(y.shape)
+        flat, rows = y.view(-1, self.out_features), x.reshape(-1, self.in_features)
+        return add_lora(flat, rows, batch, self.target, self.number).view(y.shape)
 
 
 def take_over_attention(model: PreTrainedModel) -> Slot:
@@ -50,10 +50,10 @@ def take_over_attention(model: PreTrainedModel) -> Slot:
 def multiplex(model: PreTrainedModel, names: Iterable[str], slot: Slot) -> Layout:
     """Makes the linears `names` take per-segment deltas; returns their layout, in the model's order."""
     targets = []
-    for name in names:
+    for number, name in enumerate(names):
         linear = model.get_submodule(name)
         assert isinstance(linear, nn.Linear)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, MultiplexedLinear(linear, name, slot))
+        setattr(model.get_submodule(parent), attribute, MultiplexedLinear(linear, name, number, slot))
         targets.append(Target(name, linear.in_features, linear.out_features))
     return Layout(tuple(targets))

@@ -104,3 +104,6 @@ class ShapeProbe:
 
     def read_many(self, layer: int, tables: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         raise AssertionError("the probe's context is in its forward")
+
+    def layer(self, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("the probe keeps shapes only")

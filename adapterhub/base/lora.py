@@ -1,24 +1,28 @@
 """The LoRA op: `y[t] += (x[t] @ A_s.T) @ B_s` for every token t of a segment with adapter s.
 
-This is the plain torch backend: a loop over segments, which runs on any device and under autograd, and is the oracle
-for every other backend.
+`add_lora` picks the backend: native code for bf16 on a CPU, else plain torch, a loop over segments that runs on any
+device and under autograd, and is the oracle for every other backend.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 
-from adapterhub.base.batch import Segment
+from adapterhub.base.batch import Batch
+from adapterhub.base.native import ops
 
 
-def add_lora(y: torch.Tensor, x: torch.Tensor, segments: Sequence[Segment], target: str) -> torch.Tensor:
-    """Returns `y` [T, n_out] with the segments' deltas for the linear `target` added; x is [T, n_in].
+def add_lora(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str, number: int) -> torch.Tensor:
+    """Returns `y` [T, n_out] with the segments' deltas added for the linear `target`, the base's number `number`; x is
+    [T, n_in]. In place where autograd does not record."""
+    if batch.pool is not None and ops.usable(x):
+        return y.add_(ops.lora(x, y.shape[1], batch, number))
+    return add_lora_torch(y, x, batch, target)
 
-    In place where autograd does not record; factors of another dtype (a training job's fp32) are cast to x's.
-    """
-    for segment in segments:
+
+def add_lora_torch(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) -> torch.Tensor:
+    """`add_lora` in plain torch. Factors of another dtype (a training job's fp32) are cast to x's."""
+    for segment in batch.segments:
         factors = segment.adapter.factors.get(target)
         if factors is None:
             continue

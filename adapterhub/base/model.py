@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +22,6 @@ from adapterhub.swap.layout import Layout
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _PROBE_TOKENS = 5
-Forward = Callable[
-    [Batch, torch.Tensor], torch.Tensor
-]  # a batch, and the rows whose logits are wanted -> [rows, vocab]
 log = logging.getLogger(__name__)
 
 

@@ -9,6 +9,7 @@ import torch
 from adapterhub.base.request import Logprob, Token
 from adapterhub.base.scheduler import Sequence
 
+_COLDEST = 1e-30  # a temperature below is taken for this one, which is greedy as well
 _LIKELY = 512  # tokens that nearly always hold the mass of top_p; else the whole vocabulary is sorted
 
 
@@ -55,34 +56,45 @@ def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: frozenset[int]) -
 
 def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     samplings = [s.request.sampling for s in sequences]
-    temperature = torch.tensor([s.temperature for s in samplings], device=logits.device).unsqueeze(1)
-    top_p = torch.tensor([s.top_p for s in samplings], device=logits.device).unsqueeze(1)
-    # without the maximum taken off first, a temperature near zero would make every logit infinite
-    weights = ((logits - logits.amax(-1, keepdim=True)) / temperature).exp().nan_to_num(0.0)
-    order = None
-    if any(s.top_p < 1 for s in samplings):
-        weights, order = _nucleus(weights, top_p)
-    cumulative = weights.double().cumsum(-1)  # float32 would round the tail of a large vocabulary away
+    temperature = torch.tensor([s.temperature for s in samplings], device=logits.device).clamp_min(_COLDEST)
+    top_p = torch.tensor([s.top_p for s in samplings], device=logits.device)
     uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=logits.device)
-    picked = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
-    picked = picked.clamp_max(weights.shape[-1] - 1)
-    return (picked if order is None else order.gather(1, picked)).squeeze(1)
+    # without the maximum taken off first, a temperature near zero would make every logit infinite
+    below = logits - logits.amax(-1, keepdim=True)
+    weights = (below / temperature.unsqueeze(1)).exp().nan_to_num(0.0)
+    picked = torch.empty(len(weights), dtype=torch.long, device=logits.device)
+    # each row goes the way it would go alone: a token depends on the order in which the weights are added up
+    narrow = top_p < 1
+    if not narrow.all():
+        picked[~narrow] = _invert(weights[~narrow], uniform[~narrow])
+    if narrow.any():
+        likely = min(_LIKELY, weights.shape[-1])
+        picked[narrow] = _draw_from_nucleus(weights[narrow], top_p[narrow], uniform[narrow], likely)
+    return picked
 
 
-def _nucleus(weights: torch.Tensor, top_p: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The weights sorted, zero from where the mass before a token reaches `top_p`, and the tokens they belong to.
+def _draw_from_nucleus(weights: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, likely: int) -> torch.Tensor:
+    """Draws from the most likely tokens, up to where the mass before a token reaches `top_p`; the first always stays.
 
-    The most likely token always stays, also for top_p = 0.
+    Only the `likely` best are sorted, and all for the rows where these are not enough.
     """
-    whole = weights.double().sum(-1, keepdim=True)
-    count = min(_LIKELY, weights.shape[-1])
-    best, order = weights.topk(count, dim=-1)
-    if ((best.double().sum(-1, keepdim=True) < top_p * whole) & (top_p < 1)).any() or (top_p >= 1).any():
-        best, order = weights.sort(dim=-1, descending=True, stable=True)
+    mass = top_p * weights.double().sum(-1)
+    best, order = weights.topk(likely, dim=-1)
     before = best.double().cumsum(-1) - best
-    cut = (before >= top_p * whole) & (top_p < 1)
+    cut = before >= mass.unsqueeze(1)
     cut[:, 0] = False
-    return best.masked_fill(cut, 0.0), order
+    picked = order.gather(1, _invert(best.masked_fill(cut, 0.0), uniform).unsqueeze(1)).squeeze(1)
+    short = best.double().sum(-1) < mass
+    if likely < weights.shape[-1] and short.any():
+        picked[short] = _draw_from_nucleus(weights[short], top_p[short], uniform[short], weights.shape[-1])
+    return picked
+
+
+def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
+    """weights [n, m], uniform [n] in [0, 1) -> [n] where the cumulative distribution of each row passes its number."""
+    cumulative = weights.double().cumsum(-1)  # float32 would round the tail of a large vocabulary away
+    picked = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
+    return picked.squeeze(1).clamp_max(weights.shape[-1] - 1)
 
 
 def _with_logprobs(token: Token | None, logprobs: torch.Tensor, count: int) -> Token | None:

@@ -186,12 +186,13 @@ class Scheduler:
         return tokens
 
     def _make_way(self) -> None:
-        """Where the batch or the cache is full, owners with several places lose some to one who waits with none."""
+        """Where the batch or the cache is full, owners with several places lose some to one who waits with none, unless
+        they were served less: then they would come first again."""
         held = Counter(s.owner for s in self.running)
         newcomer = next((s for s in self.look_ahead() if s.ready and s.owner not in held), None)
         while newcomer is not None and not self._fits(newcomer):
             greedy, places = held.most_common(1)[0]
-            if places < 2:
+            if places < 2 or self._served[greedy] < self._served[newcomer.owner]:
                 return
             self._preempt(next(s for s in reversed(self.running) if s.owner == greedy))
             held[greedy] -= 1

@@ -26,6 +26,10 @@ log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 2
 
 
+class _Interrupted(Exception):
+    """The job was cancelled, or the server stops: what is done for the job has no more use now."""
+
+
 class Worker:
     """`wake` it after a job was created or cancelled."""
 
@@ -85,6 +89,8 @@ class Worker:
     def _attempt(self, job: Job, act: Callable[[Job], None]) -> None:
         try:
             act(job)
+        except _Interrupted:
+            pass
         except HubError as error:
             self._jobs.fail(job, error)
         except Exception as error:
@@ -182,10 +188,15 @@ class Worker:
             )
         try:
             self._files.get(job.owner, job.training_file)
-            return read_data_set(self._files.path(job.training_file), self._codec, self._engine.context)
+            path = self._files.path(job.training_file)
+            return read_data_set(path, self._codec, self._engine.context, lambda: self._go_on(job))
         except (NotFound, FileNotFoundError) as error:
             message = f"The training file {job.training_file} was deleted before the job could read it."
             raise InvalidTrainingFile(message, param="training_file") from error
+
+    def _go_on(self, job: Job) -> None:
+        if self._stopping or self._ended(job.id):
+            raise _Interrupted
 
     def _ended(self, job: str) -> bool:
         return self._jobs.get(None, job).status.final

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import ctypes
 import weakref
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import nn
 
-from adapterhub.base.batch import Batch, PooledAdapter
-from adapterhub.base.batch import Segment as BatchSegment
+from adapterhub.base.batch import Batch
 from adapterhub.base.kv import KVCache
-from adapterhub.base.model import Base, Forward
+from adapterhub.base.model import Base
 from adapterhub.base.native import Isa, best_isa, library
+from adapterhub.base.native.ops import segment
 from adapterhub.base.native.structs import Layer, Matrix, Model, Segment, Step, address
 
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
@@ -39,11 +39,6 @@ def supports(base: Base) -> bool:
         and not any(getattr(config, name, False) for name in ("mlp_bias", "attention_bias"))
         and library() is not None
     )
-
-
-def native_forward(base: Base, kv: KVCache, pool: torch.Tensor) -> Forward | None:
-    """The fastest forward for an engine with this cache and pool; None where torch's is all there is."""
-    return NativeDecoder(base, kv, pool).logits if supports(base) else None
 
 
 class NativeDecoder:
@@ -99,7 +94,7 @@ class NativeDecoder:
         wanted = rows.int()
         logits = torch.empty(len(rows), self._vocabulary)
         assert batch.slots is not None
-        segments = (Segment * len(batch.segments))(*map(_segment, batch.segments))
+        segments = (Segment * len(batch.segments))(*map(segment, batch.segments))
         step = Step(
             tokens=count,
             embedded=address(embedded),
@@ -146,11 +141,6 @@ class NativeDecoder:
             window=window or 0,
             targets=(ctypes.c_int * 7)(*targets),
         )
-
-
-def _segment(segment: BatchSegment) -> Segment:
-    adapter = cast(PooledAdapter, segment.adapter)
-    return Segment(segment.start, segment.end, adapter.rank, address(adapter.offsets))
 
 
 def _merged(linears: list[Any]) -> Matrix:
