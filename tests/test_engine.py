@@ -22,7 +22,14 @@ from transformers import LlamaConfig, PreTrainedModel
 
 from adapterhub.base.model import Base
 from adapterhub.base.request import Finish, Output
-from adapterhub.errors import BlockDamaged, ContextLengthExceeded, ServerFault, Unavailable
+from adapterhub.errors import (
+    BlockDamaged,
+    ContextLengthExceeded,
+    DeadlineExceeded,
+    ServerFault,
+    TooManyRequests,
+    Unavailable,
+)
 from adapterhub.swap.block import Block, block_path
 from adapterhub.swap.tiers import AdapterRef, Tier
 from tests.tiny import (
@@ -319,6 +326,44 @@ def test_seeded_answers_survive_starting_over(town: Town) -> None:
         assert [client.tokens(name) for name in names] == alone
 
 
+# -- shared beginnings
+
+
+def test_the_next_turn_of_a_conversation_is_answered_as_from_the_start(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        conversation = prompt_of(40)
+        for turn in range(3):
+            answer = client.ask(conversation, town.refs[0], owner="ada", max_tokens=10)
+            assert answer == greedy(town.oracles[0], conversation, 10)
+            conversation += answer + prompt_of(7, turn)
+        assert client.engine.stats().result(5)["engine"]["shared_tokens"] == 48 + 64
+
+
+def test_no_beginning_is_shared_between_owners_adapters_or_with_the_base(town: Town) -> None:
+    prompt = prompt_of(70)
+    with serving(town.base, town.directory) as client:
+        for oracle, ref, owner in [
+            (town.oracles[0], town.refs[0], "ada"),
+            (town.oracles[0], town.refs[0], "bob"),
+            (town.oracles[1], town.refs[1], "ada"),
+            (town.oracles[0], town.refs[0]._replace(version="2"), "ada"),
+            (town.model, None, "ada"),
+        ]:
+            assert client.ask(prompt, ref, owner=owner) == greedy(oracle, prompt, 8)
+        assert client.engine.stats().result(5)["engine"]["shared_tokens"] == 0
+
+
+def test_what_a_failed_request_computed_is_shared_with_nobody(town: Town, tmp_path: Path) -> None:
+    """The same prompt and owner, once with numbers that overflow and once without."""
+    shutil.copytree(town.directory / "blobs", tmp_path / "blobs")
+    good = encoded(saved(town.oracles[0], tmp_path / "peft"), town.base)
+    huge = stored(Block(good.meta, torch.full_like(good.payload, 1e30)), tmp_path / "blobs")
+    with serving(town.base, tmp_path, kv_bytes=kv_bytes(town.base, 6)) as client:
+        assert client.error(client.submit("bad", prompt_of(70), huge, owner="ada")).code == "not_finite"
+        assert client.ask(prompt_of(70), owner="ada") == greedy(town.model, prompt_of(70), 8)
+        assert client.ask(prompt_of(70), town.refs[0], owner="ada") == greedy(town.oracles[0], prompt_of(70), 8)
+
+
 # -- adapters and the pool
 
 
@@ -505,6 +550,44 @@ def test_a_request_that_races_with_the_end_is_refused_or_told(town: Town) -> Non
             thread.join()
             for name in accepted:
                 client.wait_for(name)
+
+
+# -- too many, and too long
+
+
+def test_one_more_than_the_queue_holds_is_refused_until_another_has_ended(town: Town) -> None:
+    with serving(town.base, town.directory, max_batch=1, max_waiting=2) as client:
+        for name in ("running", "second", "third"):
+            client.submit(name, prompt_of(5), max_tokens=60)
+        with pytest.raises(TooManyRequests, match="3 requests are waiting or running"):
+            client.submit("fourth", prompt_of(5))
+        client.engine.cancel("third")
+        client.tokens("second")
+        assert client.ask(prompt_of(5)) == greedy(town.model, prompt_of(5), 8)
+
+
+def test_a_refused_or_failed_request_leaves_its_place_to_others(town: Town) -> None:
+    with serving(town.base, town.directory, max_batch=1, max_waiting=1) as client:
+        for i in range(5):
+            with pytest.raises(ContextLengthExceeded):
+                client.submit("long", prompt_of(300))
+            assert isinstance(client.error(client.submit(f"bad-{i}", [10**6])), ServerFault)
+            assert isinstance(client.error(client.submit(f"gone-{i}", [5], AdapterRef("x", "x", 4))), BlockDamaged)
+        assert client.ask(prompt_of(5)) == greedy(town.model, prompt_of(5), 8)
+
+
+def test_a_request_over_its_deadline_ends_even_when_nothing_happens(town: Town, tmp_path: Path) -> None:
+    blobs = tmp_path / "blobs"
+    blobs.mkdir()
+    with serving(town.base, tmp_path, load_threads=1, request_seconds=0.1) as client:
+        pipe = block_path(blobs, "pipe")
+        os.mkfifo(pipe)
+        error = client.error(client.submit("late", prompt_of(5), AdapterRef("pipe", "pipe", 4)))
+        assert isinstance(error, DeadlineExceeded)
+        assert "within 0.1 seconds" in error.message
+        with pipe.open("wb"):
+            pass
+        assert client.ask(prompt_of(5), max_tokens=2) == greedy(town.model, prompt_of(5), 2)
 
 
 # -- idle work

@@ -153,10 +153,18 @@ class Client:
             self._heard += outputs
             self._news.notify_all()
 
-    def submit(self, name: str, prompt: Sequence[int], adapter: AdapterRef | None = None, **sampling: Any) -> str:
+    def submit(
+        self,
+        name: str,
+        prompt: Sequence[int],
+        adapter: AdapterRef | None = None,
+        *,
+        owner: str = "",
+        **sampling: Any,
+    ) -> str:
         """Greedy, unless told otherwise. Returns `name`."""
         fields = {"temperature": 0.0, "max_tokens": 8, **sampling}
-        self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter))
+        self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter, owner))
         return name
 
     def heard(self, name: str | None = None) -> list[Output]:

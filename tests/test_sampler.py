@@ -1,0 +1,159 @@
+"""The sampler on given logits, against the formulas written out."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from adapterhub.base.request import Request, Sampling
+from adapterhub.base.sampler import sample
+from adapterhub.base.scheduler import Sequence
+
+VOCABULARY = 2000
+
+
+def make(produced: list[int] | None = None, **sampling: Any) -> Sequence:
+    sequence = Sequence.of(Request("", [1, 2], Sampling(**{"temperature": 0.0, **sampling})))
+    for token in produced or []:
+        sequence.tokens.append(token)
+        sequence.counts[token] += 1
+    return sequence
+
+
+def logits_of(rows: int = 1, seed: int = 0, size: float = 1.0) -> torch.Tensor:
+    return torch.randn(rows, VOCABULARY, generator=torch.Generator().manual_seed(seed)) * size
+
+
+def ids(logits: torch.Tensor, *sequences: Sequence, end: frozenset[int] = frozenset()) -> list[int | None]:
+    return [token and token.id for token in sample(logits.clone(), sequences, end)]
+
+
+def test_nothing_to_sample_is_nothing() -> None:
+    assert sample(torch.empty(0, VOCABULARY), [], frozenset()) == []
+
+
+def test_temperature_zero_takes_the_best() -> None:
+    logits = logits_of(3)
+    assert ids(logits, make(), make(), make()) == logits.argmax(-1).tolist()
+
+
+MIXED: list[dict[str, Any]] = [
+    {},
+    {"temperature": 1.0, "seed": 1},
+    {"temperature": 0.7, "top_p": 0.9, "seed": 2},
+    {"temperature": 1.3, "top_p": 0.9999, "seed": 3},
+    {"temperature": 1.0, "top_p": 0.1, "seed": 4, "frequency_penalty": 1.5},
+    {"temperature": 1.0, "seed": 5, "logit_bias": {7: 5.0}, "logprobs": 3},
+    {"temperature": 1.0, "top_p": 0.0, "seed": 6, "min_tokens": 9},
+]
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_row_gets_the_same_token_alone_and_among_any_others(rounded: bool) -> None:
+    """Also where many logits are equal, as they are in sixteen bits; sharp and flat rows together."""
+    for seed in range(6):
+        logits = logits_of(len(MIXED), seed) * torch.tensor([5.0, 1, 5, 0.1, 3, 1, 1]).unsqueeze(1)
+        if rounded:
+            logits = logits.bfloat16().float()
+        made = [{**m, "seed": m.get("seed", 0) + 100 * seed} for m in MIXED]
+        alone = [ids(logits[i : i + 1], make([3, 3, 9], **m))[0] for i, m in enumerate(made)]
+        assert ids(logits, *(make([3, 3, 9], **m) for m in made)) == alone
+        backwards = [make([3, 3, 9], **m) for m in reversed(made)]
+        assert ids(logits.flip(0), *backwards) == alone[::-1]
+
+
+def test_a_row_that_is_not_finite_gets_none_and_spoils_no_other() -> None:
+    logits = logits_of(5)
+    logits[1, 3] = float("nan")
+    logits[2, 5] = float("inf")
+    logits[3] = float("-inf")
+    for sampling in ({}, {"temperature": 1.0, "seed": 1}, {"temperature": 1.0, "top_p": 0.5, "seed": 1, "logprobs": 2}):
+        found = ids(logits, *(make(**sampling) for _ in range(5)))
+        assert [token is None for token in found] == [False, True, True, True, False]
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-10, 1e-38, 1e-45, 5e-324])
+def test_the_coldest_temperatures_are_greedy(temperature: float) -> None:
+    logits = logits_of(4)
+    sequences = [make(temperature=temperature, seed=i, top_p=p) for i, p in enumerate((1.0, 0.5, 1.0, 0.9))]
+    assert ids(logits, *sequences) == logits.argmax(-1).tolist()
+
+
+@pytest.mark.parametrize("flat", [False, True])
+@pytest.mark.parametrize("top_p", [0.05, 0.5, 0.9, 0.99])
+def test_only_the_nucleus_is_drawn_and_all_of_it(flat: bool, top_p: float) -> None:
+    """Flat: the nucleus has more tokens than are sorted at first."""
+    logits = logits_of(size=0.01 if flat else 4.0)
+    probabilities = logits[0].double().softmax(-1)
+    ordered, order = probabilities.sort(descending=True)
+    nucleus = order[: int((ordered.cumsum(-1) < top_p - 1e-9).sum()) + 1].tolist()
+    drawn = set()
+    for start in range(0, 500, 100):
+        rows = [make(temperature=1.0, top_p=top_p, seed=start + i) for i in range(100)]
+        drawn |= set(ids(logits.expand(100, -1), *rows))
+    assert drawn <= set(nucleus)
+    large = [token for token in nucleus if probabilities[token] / top_p > 0.03]
+    assert set(large) <= drawn
+
+
+def test_penalties_are_taken_off_for_what_was_produced() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, [5, 6, 7]] = torch.tensor([4.0, 3.0, 2.0])
+    produced = [5, 5, 5, 6]
+    assert ids(logits, make(produced)) == [5]
+    assert ids(logits, make(produced, frequency_penalty=0.6)) == [6]  # 4 - 1.8 < 3 - 0.6
+    assert ids(logits, make(produced, presence_penalty=1.5)) == [5]  # 4 - 1.5 > 2
+    assert ids(logits, make(produced, frequency_penalty=0.9, presence_penalty=0.5)) == [7]  # 0.8, 1.6, 2
+    assert ids(logits, make(produced, frequency_penalty=-1.0)) == [5]
+    assert ids(logits, make([], frequency_penalty=2.0, presence_penalty=2.0)) == [5], "the prompt does not count"
+
+
+def test_a_bias_is_added() -> None:
+    logits = logits_of()
+    best = logits.argmax().item()
+    assert ids(logits, make(logit_bias={11: 100.0})) == [11]
+    assert ids(logits, make(logit_bias={best: -100.0})) == [logits[0].topk(2).indices[1].item()]
+
+
+def test_an_end_is_forbidden_before_min_tokens() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    logits[0, [4, 8, 15]] = torch.tensor([9.0, 8.0, 7.0])
+    end = frozenset({4, 8})
+    assert ids(logits, make([1], min_tokens=1), end=end) == [4]
+    assert ids(logits, make([1], min_tokens=2), end=end) == [15]
+    drawn = [make([1], min_tokens=2, temperature=1.0, top_p=0.9, seed=i) for i in range(50)]
+    assert not {4, 8} & set(ids(logits.expand(50, -1), *drawn, end=end))
+
+
+def test_logprobs_are_the_models_whatever_changes_the_choice() -> None:
+    logits = logits_of(3, size=3.0)
+    expected = logits.log_softmax(-1)
+    forced = logits[1].argmin().item()
+    [greedy, biased, plain] = sample(
+        logits.clone(),
+        [make(logprobs=4), make(logprobs=0, logit_bias={forced: 100.0}, temperature=0.5, seed=1), make()],
+        frozenset(),
+    )
+    assert greedy is not None
+    assert greedy.logprob == pytest.approx(expected[0].max().item(), abs=1e-5)
+    values, best = expected[0].topk(4)
+    assert [b.token for b in greedy.best] == best.tolist()
+    assert [b.logprob for b in greedy.best] == pytest.approx(values.tolist(), abs=1e-5)
+    assert biased is not None
+    assert (biased.id, biased.best) == (forced, ())
+    assert biased.logprob == pytest.approx(expected[1, forced].item(), abs=1e-5)
+    assert plain is not None
+    assert (plain.logprob, plain.best) == (None, ())
+
+
+def test_a_seed_decides_and_its_numbers_go_on() -> None:
+    logits = torch.zeros(1, VOCABULARY)
+    one, same, other = (make(temperature=1.0, seed=seed) for seed in (1, 1, 2))
+    first, second = ids(logits, one), ids(logits, one)
+    assert [first, second] == [ids(logits, same), ids(logits, same)]
+    assert first != second
+    assert first != ids(logits, other)
+    assert math.isfinite(sum(t for t in (*first, *second) if t is not None))
