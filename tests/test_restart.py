@@ -282,6 +282,18 @@ def test_ctrl_c_ends_the_server_within_seconds_amid_a_stream_and_a_job(killed: P
     user.openai.fine_tuning.jobs.cancel(job)
 
 
+def test_ctrl_c_does_not_wait_for_a_large_file_to_be_read(killed: Process) -> None:
+    user = killed.user("reads")
+    job = user.train(chat_lines(400_000), max_steps=1)
+    assert user.openai.fine_tuning.jobs.retrieve(job).status == "validating_files"
+    started = time.monotonic()
+    assert killed.stop() == 0
+    assert time.monotonic() - started < 15, "it takes half a minute to read"
+    user = killed.start().user(user.owner, user.key)
+    assert user.openai.fine_tuning.jobs.cancel(job).status == "cancelled"
+    user.job(user.train(chat_lines(), n_epochs=1), "succeeded")
+
+
 def test_a_second_server_on_the_same_data_is_refused_in_one_line(killed: Process) -> None:
     second = subprocess.run(killed.command, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert second.returncode == 1
