@@ -767,12 +767,12 @@ def test_a_bug_is_a_500_with_a_request_id_that_the_log_has_too(
 def test_a_full_budget_refuses_imports_and_jobs_and_keeps_what_was_there(
     base_directory: Path, base_model: PreTrainedModel, adapter: PeftFiles, tmp_path: Path
 ) -> None:
-    with running(small_config(base_directory, tmp_path / "data", disk_bytes=20_000)) as server:
+    with running(small_config(base_directory, tmp_path / "data", disk_bytes=60_000)) as server:
         user = server.user()
         user.import_adapter(adapter, "mine")
         said, stored = user.ask(f"{user.owner}/mine"), server.stored()
         other = PeftFiles(base_model, tmp_path / "other", seed=51)
-        refused(imported(user, other), 507, "storage_full", "19.5 KiB", "--disk-bytes")
+        refused(imported(user, other), 507, "storage_full", "58.6 KiB", "--disk-bytes")
         job = user.job(user.train(chat_lines(), suffix="mine", max_steps=1), "failed")
         assert job.error is not None
         assert job.error.code == "storage_full"

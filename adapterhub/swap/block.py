@@ -29,6 +29,7 @@ from adapterhub.swap.files import write_durably
 from adapterhub.swap.layout import Layout, Target
 
 FORMAT = "adapterhub.block.v1"
+SUFFIX = ".block"
 PAGE = 4096
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -142,7 +143,7 @@ def write_block(block: Block, directory: Path) -> Path:
 
 
 def block_path(directory: Path, digest: str) -> Path:
-    return directory / f"{digest}.block"
+    return directory / f"{digest}{SUFFIX}"
 
 
 def read_header(file: BinaryIO, path: Path) -> BlockHeader:

@@ -6,6 +6,7 @@ at most files that no row names; `clean_up` removes those at the next start.
 
 from __future__ import annotations
 
+import contextlib
 import re
 import threading
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from sqlite_utils import Migrations
 
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest, NotFound, StorageFull
-from adapterhub.swap.block import Block, block_path, read_block, write_block
+from adapterhub.swap.block import SUFFIX, Block, block_path, read_block, write_block
 from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.files import remove_partials, sync_directory
 from adapterhub.swap.tiers import AdapterRef
@@ -114,11 +115,11 @@ class Registry:
         """
         check_name(name, "name")
         with self._files:
-            used = self.disk_used()
-            if used + block.meta.nbytes > self._disk_bytes:
+            used, needed = self.disk_used(), block.meta.nbytes + len(block.source_bytes)
+            if used + needed > self._disk_bytes:
                 raise StorageFull(
                     f"Of {format_bytes(self._disk_bytes)} for adapters {format_bytes(used)} are in use, and "
-                    f"this one needs {format_bytes(block.meta.nbytes)}. Delete adapters, or raise --disk-bytes."
+                    f"this one needs {format_bytes(needed)}. Delete adapters, or raise --disk-bytes."
                 )
             write_block(block, self._blobs)
             with self._database.transaction() as db:
@@ -204,16 +205,19 @@ class Registry:
         return gone
 
     def disk_used(self) -> int:
-        """Bytes of the block files' payloads, each file once however many versions name it."""
-        row = self._database.row("select sum(n) as n from (select max(nbytes) as n from versions group by digest)")
-        return (row or {}).get("n") or 0
+        """Bytes of the block files, each once however many versions name it."""
+        used = 0
+        for path in self._blobs.glob(f"*{SUFFIX}"):
+            with contextlib.suppress(FileNotFoundError):  # deleted at this moment
+                used += path.stat().st_size
+        return used
 
     def clean_up(self) -> int:
         """Removes files that no row names, as a kill may have left them; returns how many."""
         with self._files:
             removed = remove_partials(self._blobs)
             named = {row["digest"] for row in self._database.rows("select distinct digest from versions")}
-            for path in self._blobs.glob("*.block"):
+            for path in self._blobs.glob(f"*{SUFFIX}"):
                 if path.stem not in named:
                     path.unlink()
                     removed += 1
