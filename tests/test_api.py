@@ -9,11 +9,13 @@ import socket
 import threading
 import zipfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx
 import openai
 import pytest
 from peft import PeftModel
@@ -37,13 +39,22 @@ def hello(tokenizer: Any) -> list[int]:
     return tokenizer.apply_chat_template(HELLO, add_generation_prompt=True, return_dict=False)
 
 
-def streamed(client: openai.OpenAI, **options: Any) -> list[Any]:
+def streamed_lazily(client: openai.OpenAI, **options: Any) -> Any:
     fields = {"model": BASE, "messages": HELLO, "temperature": 0, "max_tokens": 12, **options}
-    return list(client.chat.completions.create(stream=True, **fields))
+    return client.chat.completions.create(stream=True, **fields)
+
+
+def streamed(client: openai.OpenAI, **options: Any) -> list[Any]:
+    return list(streamed_lazily(client, **options))
 
 
 def text_of(chunks: list[Any]) -> str:
     return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+
+
+def test_a_server_that_serves_says_so_to_anybody(server: Server) -> None:
+    answer = httpx.get(f"{server.url}/healthz")
+    assert (answer.status_code, answer.json()) == (200, {"status": "ok"})
 
 
 # -- files
@@ -681,6 +692,56 @@ def test_a_new_version_takes_the_name_over_and_the_old_one_still_serves(
     assert user.ask(alias) == user.ask(second["versions"][0]["model"]) != said
     assert user.ask(old) == said
     assert len(user.http.get("/v1/adapters").json()["data"]) == 1
+
+
+@pytest.mark.parametrize("change", ["delete", "replace", "evict"])
+def test_a_stream_goes_on_with_the_version_it_began_with(
+    server: Server, user: User, adapter: PeftFiles, other_adapter: PeftFiles, change: str
+) -> None:
+    alias = f"{user.owner}/mine"
+    imported = user.import_adapter(adapter, "mine")
+    whole = user.ask(alias, max_tokens=200)
+    chunks = iter(streamed_lazily(user.openai, model=alias, max_tokens=200))
+    begun = [next(chunks) for _ in range(3)]
+    if change == "delete":
+        assert user.http.delete(f"/v1/adapters/{imported['id']}").is_success
+    elif change == "replace":
+        user.import_adapter(other_adapter, "mine")
+    else:
+        server.evict(imported["id"])
+    assert text_of([*begun, *chunks]) == whole
+    if change == "delete":
+        with pytest.raises(openai.NotFoundError):
+            user.ask(alias)
+    else:
+        assert (user.ask(alias, max_tokens=200) == whole) is (change == "evict")
+
+
+def test_many_owners_at_once_do_not_disturb_one_another(
+    server: Server, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    users = [server.user() for _ in range(8)]
+    expected = {}
+    for files in (adapter, other_adapter):
+        users[0].import_adapter(files, "first")
+        expected[files] = users[0].ask(f"{users[0].owner}/first")
+
+    def work(at: int) -> None:
+        user, files = users[at], (adapter, other_adapter)[at % 2]
+        for i in range(4):
+            name = f"mine-{i % 2}"
+            identity = user.import_adapter(files, name)["id"]
+            file = user.upload(bytes([at]) * 1000, purpose="user_data")
+            assert user.ask(f"{user.owner}/{name}") == expected[files]
+            assert user.openai.files.content(file).read() == bytes([at]) * 1000
+            if i % 2:
+                user.openai.files.delete(file)
+                assert user.http.delete(f"/v1/adapters/{identity}").is_success
+        assert [a["name"] for a in user.http.get("/v1/adapters").json()["data"]] == ["first", "mine-0"][at > 0 :]
+        assert len(user.openai.files.list().data) == 2
+
+    with ThreadPoolExecutor(len(users)) as pool:
+        list(pool.map(work, range(len(users))))
 
 
 def test_an_adapter_can_be_deleted_and_its_name_used_again(user: User, adapter: PeftFiles) -> None:
