@@ -52,6 +52,7 @@ class Config:
     port: int = 8000
     device: str = "auto"
     dtype: str = "auto"
+    quantize: str | None = None  # int8 or int4: the base's weights; adapters stay in 16 bits
 
     device_bytes: int | None = None  # the pool; None: 512 MiB on a CPU, a quarter of the free memory on a GPU
     ram_bytes: int | None = None  # the host tier; None: 0 on a CPU, whose pool is RAM already; 2 GiB with a GPU

@@ -14,6 +14,14 @@ from transformers import AttentionInterface, PreTrainedModel
 from adapterhub.base.attention import ATTENTION, attend
 from adapterhub.base.batch import Slot
 from adapterhub.base.lora import add_lora
+from adapterhub.base.quantize import (
+    Precision,
+    QuantizedLinear,
+    QuantizedWeight,
+    can_quantize,
+    quantize,
+    quantized_product,
+)
 from adapterhub.swap.layout import Layout, Target
 
 
@@ -26,9 +34,19 @@ class MultiplexedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.target, self.number = target, number
         self.slot = slot
+        self.quantized: QuantizedWeight | None = None  # instead of `weight`, once `quantize` was called
+
+    def quantize(self, precision: Precision) -> None:
+        """From now on the base's weight is kept in fewer bits; the original is dropped."""
+        if can_quantize(self.weight):
+            self.quantized = quantize(self.weight, precision)
+            del self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = nn.functional.linear(x, self.weight, self.bias)
+        if self.quantized is not None:
+            y = quantized_product(x, self.quantized, self.bias)
+        else:
+            y = nn.functional.linear(x, self.weight, self.bias)
         batch = self.slot.batch
         if batch is None or not batch.segments:
             return y
@@ -57,3 +75,14 @@ def multiplex(model: PreTrainedModel, names: Iterable[str], slot: Slot) -> Layou
         setattr(model.get_submodule(parent), attribute, MultiplexedLinear(linear, name, number, slot))
         targets.append(Target(name, linear.in_features, linear.out_features))
     return Layout(tuple(targets))
+
+
+def quantize_linears(model: PreTrainedModel, precision: Precision) -> None:
+    """Quantizes the multiplexed linears and the output embedding, in place. The output embedding keeps 8 bits, since it
+    costs more in quality than it weighs; the input embedding, where rows are only looked up, stays as it is."""
+    for module in model.modules():
+        if isinstance(module, MultiplexedLinear):
+            module.quantize(precision)
+    head = model.get_output_embeddings()
+    if isinstance(head, nn.Linear) and can_quantize(head.weight):
+        model.set_output_embeddings(QuantizedLinear(quantize(head.weight, Precision.INT8), head.bias))

@@ -14,8 +14,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from adapterhub.base.batch import Batch, Slot, Span
 from adapterhub.base.embedded import base_name, base_path
-from adapterhub.base.inject import multiplex, take_over_attention
+from adapterhub.base.inject import multiplex, quantize_linears, take_over_attention
 from adapterhub.base.kv import KVShape, ShapeProbe
+from adapterhub.base.quantize import Precision
 from adapterhub.config import Config
 from adapterhub.errors import BadRequest
 from adapterhub.swap.layout import Layout
@@ -43,7 +44,7 @@ class Base:
 
     @property
     def nbytes(self) -> int:
-        return sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
     def logits(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """One forward; logits [len(rows), vocabulary] of the rows asked for."""
@@ -72,10 +73,12 @@ def load_base(config: Config) -> Base:
             f"{config.base!r} cannot be loaded as a base: {error}\nGive --base a transformers directory with a causal "
             "language model and its tokenizer, or a hub name."
         ) from error
-    return prepare_base(name, model, tokenizer, device)
+    return prepare_base(name, model, tokenizer, device, _precision(config.quantize))
 
 
-def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torch.device) -> Base:
+def prepare_base(
+    name: str, model: PreTrainedModel, tokenizer: Any, device: torch.device, quantized: Precision | None = None
+) -> Base:
     """Turns a loaded model, in place, into a base that serves."""
     text = model.config.get_text_config()  # of a model that also sees, the part that speaks
     if "chunked_attention" in (getattr(text, "layer_types", None) or ()):
@@ -84,6 +87,9 @@ def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torc
     slot = take_over_attention(model)
     probe = _probe(model, slot, device)
     layout = multiplex(model, probe.linears, slot)
+    fingerprint = _fingerprint(model)  # of the weights as they were, so that adapters serve on either
+    if quantized is not None:
+        quantize_linears(model, quantized)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     if ends is None:
         ends = text.eos_token_id
@@ -94,7 +100,7 @@ def prepare_base(name: str, model: PreTrainedModel, tokenizer: Any, device: torc
         layout=layout,
         slot=slot,
         kv_shapes=probe.kv_shapes,
-        fingerprint=_fingerprint(model),
+        fingerprint=fingerprint,
         device=device,
         dtype=model.dtype,
         context=_context(text),
@@ -151,6 +157,15 @@ def _context(config: Any) -> int:
     if rope.get("rope_type") == "longrope":
         return min(config.max_position_embeddings, rope["original_max_position_embeddings"])
     return config.max_position_embeddings
+
+
+def _precision(text: str | None) -> Precision | None:
+    if text is None:
+        return None
+    try:
+        return Precision(text)
+    except ValueError as error:
+        raise BadRequest(f"--quantize {text!r} is not one of {', '.join(Precision)}.") from error
 
 
 def _device(text: str) -> torch.device:

@@ -3,10 +3,12 @@
 First every running sequence that decodes gets its token, then waiting sequences are admitted, then prompts get what is
 left of the step's tokens. Who is admitted and whose prompt comes first is decided between owners by the tokens they
 were served (a virtual token counter): the owner with the fewest goes first, and an owner with many requests holds up
-nobody with few. An owner who comes back after a pause starts level with the others, not with credit.
+nobody with few. An owner who comes back after a pause, or asked for little, starts level with the others, not with
+credit.
 
-When the KV cache or the batch is full, sequences give way and are computed again later; what they have produced is
-kept, and the beginning that is still in the cache is shared, so that usually little is computed twice.
+When the KV cache or the batch is full, sequences give way and are computed again later: the youngest of the owner who
+has the most places. What they have produced is kept, and the beginning that is still in the cache is shared, so that
+usually little is computed twice.
 
 Source of the counter: Sheng et al., "Fairness in Serving Large Language Models" (2024).
 """
@@ -72,6 +74,20 @@ class Sequence:
         return self.names[index]
 
     @property
+    def shareable(self) -> int:
+        """How many blocks it may find in the cache: at least one token must be computed, to sample from."""
+        return (len(self.tokens) - 1) // KV_BLOCK
+
+    def follows(self, other: Sequence) -> bool:
+        """Whether the block that `other` is computing now is also in the beginning of this one."""
+        at = other.computed // KV_BLOCK
+        return (
+            self.owner == other.owner
+            and at < min(self.shareable, len(other.tokens) // KV_BLOCK)
+            and (self.name(at) == other.name(at))
+        )
+
+    @property
     def _salt(self) -> bytes:
         """What keys and values depend on besides tokens, and whose they are."""
         adapter = self.request.adapter
@@ -105,9 +121,11 @@ class Scheduler:
     # -- the queue
 
     def add(self, sequence: Sequence) -> None:
-        if sequence.owner not in self._served:
-            self._served[sequence.owner] = min(self._served.values(), default=0)
-        self._waiting.setdefault(sequence.owner, deque()).append(sequence)
+        owner, wanting = sequence.owner, {*self._waiting, *(s.owner for s in self.running if s.pending > 1)}
+        if owner not in wanting:  # who lacked nothing is owed nothing
+            level = min(self._served[o] for o in wanting) if wanting else max(self._served.values(), default=0)
+            self._served[owner] = max(self._served.get(owner, 0), level)
+        self._waiting.setdefault(owner, deque()).append(sequence)
 
     def waiting(self) -> Iterator[Sequence]:
         """The waiting sequences in the order in which they would be admitted: owners in turn, least served first."""
@@ -148,7 +166,9 @@ class Scheduler:
         self._make_way()
         left = self.max_step_tokens
         work: list[Work] = []
-        for sequence in [s for s in self.running if s.pending == 1]:
+        places = self._places()
+        # who needs a block is given one by those that come later: owners with few places come first
+        for sequence in sorted((s for s in self.running if s.pending == 1), key=lambda s: places[s.owner]):
             left -= self._take(sequence, 1, work)
         self._admit()
         prompts = [s for s in self.running if s.pending > 1 or (s.pending == 1 and not _has(work, s))]
@@ -185,49 +205,60 @@ class Scheduler:
         self._served[sequence.owner] += tokens
         return tokens
 
-    def _make_way(self) -> None:
-        """Where the batch or the cache is full, owners with several places lose some to one who waits with none, unless
-        they were served less: then they would come first again."""
-        held = Counter(s.owner for s in self.running)
-        newcomer = next((s for s in self.look_ahead() if s.ready and s.owner not in held), None)
-        while newcomer is not None and not self._fits(newcomer):
-            greedy, places = held.most_common(1)[0]
-            if places < 2 or self._served[greedy] < self._served[newcomer.owner]:
-                return
-            self._preempt(next(s for s in reversed(self.running) if s.owner == greedy))
-            held[greedy] -= 1
+    def _places(self) -> Counter[str]:
+        return Counter(s.owner for s in self.running)
 
-    def _fits(self, sequence: Sequence) -> bool:
-        blocks = self.kv.blocks_for(len(sequence.tokens) + 1)
-        return len(self.running) < self.max_batch and blocks <= self.kv.blocks.free
+    def _next(self) -> Sequence | None:
+        """The waiting sequence to start next. One whose adapter is on its way does not hold up the others, nor does one
+        whose beginning is just being computed for another: it will share it."""
+        begun = [s for s in self.running if s.pending > 1]
+        return next((s for s in self.waiting() if s.ready and not any(map(s.follows, begun))), None)
+
+    def _start(self, sequence: Sequence) -> bool:
+        """Moves a waiting sequence into the running set if the batch and the cache have room."""
+        if len(self.running) >= self.max_batch:
+            return False
+        shared = self.kv.blocks.share([sequence.name(i) for i in range(sequence.shareable)])
+        blocks = self.kv.blocks.allocate(self.kv.blocks_for(len(sequence.tokens) + 1) - len(shared))
+        if blocks is None:
+            self.kv.blocks.release(shared)
+            return False
+        self._dequeue(sequence)
+        sequence.blocks = shared + blocks
+        sequence.computed = len(shared) * KV_BLOCK
+        self.shared_tokens += sequence.computed
+        self.running.append(sequence)
+        return True
+
+    def _make_way(self) -> None:
+        """Starts those who come next and have no place yet; owners with several places lose some to them."""
+        while (newcomer := self._next()) is not None and newcomer.owner not in (places := self._places()):
+            while not self._start(newcomer):
+                victim = self._victim([])
+                if victim is None or places[victim.owner] < 2:
+                    return
+                self._preempt(victim)
+                places[victim.owner] -= 1
 
     def _admit(self) -> None:
-        while len(self.running) < self.max_batch:
-            # one whose adapter is on its way does not hold up the others
-            sequence = next((s for s in self.waiting() if s.ready), None)
-            if sequence is None:
-                return
-            # at least one token must be computed, to have something to sample from
-            whole = (len(sequence.tokens) - 1) // KV_BLOCK
-            shared = self.kv.blocks.share([sequence.name(i) for i in range(whole)])
-            needed = self.kv.blocks_for(len(sequence.tokens) + 1) - len(shared)
-            blocks = self.kv.blocks.allocate(needed)
-            if blocks is None:  # admitted in order: a long prompt must not starve behind short ones
-                self.kv.blocks.release(shared)
-                return
-            self._dequeue(sequence)
-            sequence.blocks = shared + blocks
-            sequence.computed = len(shared) * KV_BLOCK
-            self.shared_tokens += sequence.computed
-            self.running.append(sequence)
+        """Starts those who come next, in order: a long prompt must not starve behind short ones."""
+        while (sequence := self._next()) is not None and self._start(sequence):
+            pass
+
+    def _victim(self, work: list[Work]) -> Sequence | None:
+        """Who gives way: of those without work in this step, the youngest of the owner with the most places."""
+        places = self._places()
+        idle = (s for s in reversed(self.running) if not _has(work, s))
+        return max(idle, key=lambda s: places[s.owner], default=None)
 
     def _reserve(self, sequence: Sequence, tokens: int, work: list[Work]) -> bool:
-        """Makes sure of KV blocks for `tokens` more; preempts the youngest sequences for them if it must."""
+        """Makes sure of KV blocks for `tokens` more; others give way for them if they must, or it does itself."""
         needed = self.kv.blocks_for(sequence.computed + tokens) - len(sequence.blocks)
         if needed <= 0:
             return True
         while (blocks := self.kv.blocks.allocate(needed)) is None:
-            victim = next(s for s in reversed(self.running) if not _has(work, s))
+            victim = self._victim(work)
+            assert victim is not None, "the sequence itself has no work yet"
             self._preempt(victim)
             if victim is sequence:
                 return False

@@ -1,6 +1,7 @@
 """The pool: one flat device tensor that holds the resident blocks, each in an extent of its own.
 
-An adapter costs its own bytes, whatever its rank and targets. Only the engine's thread may call this.
+An adapter costs its own bytes, whatever its rank and targets. Only the engine's thread may call this, but for
+`copy_in`.
 """
 
 from __future__ import annotations
@@ -42,13 +43,15 @@ class Pool:
         return self.tensor[extent.start : extent.start + extent.numel]
 
     def copy_in(self, extent: Extent, block: torch.Tensor) -> None:
-        """Copies a host block in. On CUDA the copy runs on a stream of its own, ordered against the compute stream on
-        both sides: not before the kernels that may still read the extent, and before those that come after."""
+        """Copies a host block in, on any thread; it is there when this returns.
+
+        On CUDA it runs on a stream of its own, so that nothing else waits for it. The kernels that are queued already
+        go first: they may still read what the extent held before.
+        """
         if self._copies is None:
             self.view(extent).copy_(block)
             return
-        compute = torch.cuda.current_stream(self.device)
-        self._copies.wait_stream(compute)
         with torch.cuda.stream(self._copies):
+            self._copies.wait_stream(torch.cuda.default_stream(self.device))
             self.view(extent).copy_(block, non_blocking=True)
-        compute.wait_stream(self._copies)
+        self._copies.synchronize()

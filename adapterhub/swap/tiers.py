@@ -2,7 +2,7 @@
 
 `acquire` pins a version for one request and starts its way to the device if it is not there; `poll` completes what the
 reading threads have brought; `release` unpins. Nothing here waits for a disk. All state belongs to the engine's thread;
-the threads only read files into memory that was set aside for them.
+the threads only fill memory, of the host and of the device, that was set aside for them.
 """
 
 from __future__ import annotations
@@ -303,16 +303,17 @@ class Tiers:
             self._host.move_to_end(resident.digest)
 
     def _load(self, ref: AdapterRef, extent: Extent, host: HostBlock | None) -> Arrival:
-        """In a reading thread. On a CPU the payload is read, or copied from RAM, into its extent; with a GPU it is
-        read into pinned memory, from where the engine's thread starts the copy."""
+        """In a reading thread: the payload goes from its file into its extent, by way of RAM where there is such a
+        tier,
+        or a GPU, which is reached from pinned memory."""
         on_cpu = self.pool.device.type == "cpu"
         if host is None:
-            path = block_path(self.blobs, ref.digest)
-            keep = self.ram_bytes > 0 or not on_cpu
-            out = torch.empty(extent.numel, dtype=self.pool.dtype, pin_memory=not on_cpu) if keep else None
-            target = self.pool.view(extent) if out is None else out
-            host = HostBlock(self._read(path, ref, target), target)
-        if on_cpu and host.payload.data_ptr() != self.pool.view(extent).data_ptr():
+            if on_cpu and self.ram_bytes == 0:
+                payload = self.pool.view(extent)
+            else:
+                payload = torch.empty(extent.numel, dtype=self.pool.dtype, pin_memory=not on_cpu)
+            host = HostBlock(self._read(block_path(self.blobs, ref.digest), ref, payload), payload)
+        if host.payload.data_ptr() != self.pool.view(extent).data_ptr():
             self.pool.copy_in(extent, host.payload)
         return Arrival(host, Placed(host.meta, self.pool.view(extent), extent.start, self._layout))
 
@@ -343,8 +344,6 @@ class Tiers:
             resident.error = error if isinstance(error, HubError) else Unavailable(f"The adapter did not load: {error}")
             self._evict(resident)
             return
-        if self.pool.device.type != "cpu":
-            self.pool.copy_in(resident.extent, block.payload)
         if resident.found is Tier.DISK:
             self.counters.loaded_bytes += block.meta.nbytes
             if self.ram_bytes > 0 and not resident.condemned:

@@ -7,7 +7,6 @@ import weakref
 from typing import Any
 
 import torch
-from torch import nn
 
 from adapterhub.base.batch import Batch
 from adapterhub.base.kv import KVCache
@@ -15,6 +14,7 @@ from adapterhub.base.model import Base
 from adapterhub.base.native import Isa, best_isa, library
 from adapterhub.base.native.ops import segment
 from adapterhub.base.native.structs import Layer, Matrix, Model, Segment, Step, address
+from adapterhub.base.quantize import QuantizedWeight
 
 _FAMILY = {"LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"}
 _SITES = (
@@ -60,7 +60,8 @@ class NativeDecoder:
         ]
         self._layers = (Layer * len(layers))(*layers)
         attention = decoder.layers[0].self_attn
-        self._vocabulary = base.model.lm_head.weight.shape[0]
+        head = base.model.lm_head
+        self._vocabulary = _weight(head).shape[0]
         cos, _ = self._angles(torch.zeros(1, dtype=torch.long))
         self._model = Model(
             layers=self._layers,
@@ -74,7 +75,7 @@ class NativeDecoder:
             epsilon=config.rms_norm_eps,
             scale=attention.scaling,
             final_norm=address(decoder.norm.weight),
-            head=Matrix.of(base.model.lm_head.weight, base.model.lm_head.bias),
+            head=Matrix.of(_weight(head), head.bias),
         )
         self._handle = built.adapterhub_decoder(torch.get_num_threads(), best_isa() if isa is None else isa)
         weakref.finalize(self, built.adapterhub_decoder_free, self._handle)
@@ -129,9 +130,9 @@ class NativeDecoder:
         keys, values = self._kv.layer(index)
         return Layer(
             qkv=_merged([attention.q_proj, attention.k_proj, attention.v_proj]),
-            output=Matrix.of(attention.o_proj.weight),
+            output=Matrix.of(_weight(attention.o_proj)),
             gate_up=_merged([mlp.gate_proj, mlp.up_proj]),
-            down=Matrix.of(mlp.down_proj.weight),
+            down=Matrix.of(_weight(mlp.down_proj)),
             input_norm=address(layer.input_layernorm.weight),
             mlp_norm=address(layer.post_attention_layernorm.weight),
             q_norm=address(q_norm.weight) if q_norm is not None else None,
@@ -143,20 +144,30 @@ class NativeDecoder:
         )
 
 
+def _weight(linear: Any) -> torch.Tensor | QuantizedWeight:
+    quantized = getattr(linear, "quantized", None)
+    return linear.weight if quantized is None else quantized
+
+
 def _merged(linears: list[Any]) -> Matrix:
-    """Puts the weights of linears that read the same input into one piece of memory, of which theirs become parts: the
-    torch path goes on with the same numbers, and nothing is held twice."""
-    biases = [linear.bias for linear in linears]
-    weight = _joined([linear.weight for linear in linears])
-    bias = None if biases[0] is None else _joined(biases)
-    at = 0
-    for linear in linears:
-        end = at + linear.weight.shape[0]
-        linear.weight = nn.Parameter(weight[at:end], requires_grad=False)
-        if bias is not None:
-            linear.bias = nn.Parameter(bias[at:end], requires_grad=False)
-        at = end
-    return Matrix.of(weight, bias)
+    """Linears that read the same input as one. Their weights come to lie in one piece of memory, of which each keeps
+    its
+    part: the torch path goes on with the same numbers, and nothing is held twice."""
+    bias = None if linears[0].bias is None else _share([linear.bias for linear in linears])
+    weights = [_weight(linear) for linear in linears]
+    if isinstance(weights[0], QuantizedWeight):
+        parts = (_share([getattr(w, name) for w in weights]) for name in ("data", "scales", "minima"))
+        return Matrix.of(QuantizedWeight(weights[0].precision, *parts), bias)
+    return Matrix.of(_share([linear.weight for linear in linears]), bias)
+
+
+def _share(parts: list[torch.Tensor]) -> torch.Tensor:
+    """One tensor with the parts' rows, which become views of it."""
+    whole, at = _joined(parts), 0
+    for part in parts:
+        part.data = whole[at : at + len(part)]
+        at += len(part)
+    return whole
 
 
 def _joined(parts: list[torch.Tensor]) -> torch.Tensor:

@@ -6,6 +6,10 @@ import ctypes
 
 import torch
 
+from adapterhub.base.quantize import Precision, QuantizedWeight
+
+_FORMATS = {Precision.INT8: 1, Precision.INT4: 2}
+
 
 class Matrix(ctypes.Structure):
     """A linear's weights [rows, cols]: bf16 as torch has them, or quantized."""
@@ -21,9 +25,16 @@ class Matrix(ctypes.Structure):
     )
 
     @classmethod
-    def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Matrix:
+    def of(cls, weight: torch.Tensor | QuantizedWeight, bias: torch.Tensor | None = None) -> Matrix:
         rows, cols = weight.shape
-        return cls(data=address(weight), bias=None if bias is None else address(bias), rows=rows, cols=cols)
+        made = cls(bias=None if bias is None else address(bias), rows=rows, cols=cols)
+        if isinstance(weight, QuantizedWeight):
+            made.data = address(weight.data)
+            made.scales, made.minima = address(weight.scales), address(weight.minima)
+            made.format = _FORMATS[weight.precision]
+        else:
+            made.data = address(weight)
+        return made
 
 
 class Layer(ctypes.Structure):
