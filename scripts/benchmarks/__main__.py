@@ -7,10 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from benchmarks import coldboot, decode, memory, prefill, scale, start, trace
-from benchmarks.peers import Peers
-from benchmarks.report import Figure, publish, save, show
+from benchmarks.peers import Setting
+from benchmarks.report import DOCS, Figure, publish, save, show
 
-BENCHES: dict[str, Callable[[Peers], list[Figure]]] = {
+BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "start": start.run,
     "memory": memory.run,
     "coldboot": coldboot.run,
@@ -34,9 +34,10 @@ def main() -> None:
     unknown = set(options.which) - BENCHES.keys()
     if unknown:
         parser.error(f"unknown: {', '.join(unknown)}; known are {known}")
+    setting = Setting(options.vllm, options.peft, DOCS if options.publish else None)
     results = {}
     for name in options.which or BENCHES:
-        results[name] = BENCHES[name](Peers(options.vllm, options.peft))
+        results[name] = BENCHES[name](setting)
         show(name, results[name])
     if options.json:
         save(results, options.json)

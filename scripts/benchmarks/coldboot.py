@@ -5,14 +5,14 @@ from __future__ import annotations
 from adapterhub.config import MIB
 from benchmarks.limits import read_seconds
 from benchmarks.load import Answer, Load
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import PROMPT, Server, import_adapters, server
 
 PAIRS = 40
 
 
-def run(_: Peers) -> list[Figure]:
+def run(_: Setting) -> list[Figure]:
     with server() as running:
         [adapter] = import_adapters(running, 1)
         model, base = adapter["model"], adapter["base"]

@@ -7,7 +7,7 @@ import statistics
 
 from benchmarks.limits import memory_bandwidth
 from benchmarks.load import Load, Round
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
@@ -16,7 +16,7 @@ TOKENS = 64
 ROUNDS = 5
 
 
-def run(peers: Peers) -> list[Figure]:
+def run(setting: Setting) -> list[Figure]:
     figures = []
     with server() as running:
         adapters = import_adapters(running, max(STREAMS))
@@ -37,7 +37,7 @@ def run(peers: Peers) -> list[Figure]:
                 )
                 figures.append(Figure.of(f"{streams} streams, {kind}", "tok/s", [r.rate for r in rounds], note))
     figures.append(Figure.of("memory bandwidth", "GB/s", [bandwidth / 1e9]))
-    return figures + peers.decode(STREAMS, TOKENS, ROUNDS)
+    return figures + setting.peers_decode(STREAMS, TOKENS, ROUNDS)
 
 
 def _first(rounds: list[Round]) -> str:

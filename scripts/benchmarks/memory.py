@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from benchmarks.load import Load
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
 ADAPTERS = 16
 
 
-def run(_: Peers) -> list[Figure]:
+def run(_: Setting) -> list[Figure]:
     with server() as running:
         empty = running.resident_mib()
         adapters = import_adapters(running, ADAPTERS)

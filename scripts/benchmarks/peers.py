@@ -21,11 +21,14 @@ PEFT_STREAMS = (1, 16)
 
 
 @dataclass(frozen=True)
-class Peers:
+class Setting:
+    """What a benchmark is run beside, and where its plots go, if anywhere."""
+
     vllm: str | None
     peft: bool
+    plots: Path | None
 
-    def decode(self, streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
+    def peers_decode(self, streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
         with tempfile.TemporaryDirectory() as directory:
             paths = write_peft_directories(Path(directory), max(streams)) if self.vllm or self.peft else []
             figures = _vllm(self.vllm, paths, streams, tokens, rounds) if self.vllm else []

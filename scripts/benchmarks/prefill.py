@@ -6,7 +6,7 @@ import random
 
 from benchmarks.limits import matrix_rate
 from benchmarks.load import Load
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
@@ -14,7 +14,7 @@ LENGTHS = (128, 1024)
 ROUNDS = 5
 
 
-def run(_: Peers) -> list[Figure]:
+def run(_: Setting) -> list[Figure]:
     figures = []
     chooser = random.Random(0)
     with server() as running:

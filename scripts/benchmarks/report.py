@@ -72,6 +72,8 @@ def publish(results: dict[str, list[Figure]], titles: dict[str, str]) -> None:
             for f in section["figures"]:
                 numbers = f"{f['median']:g} | {f['low']:g} | {f['high']:g} | {f['unit']} | {f['runs']}"
                 lines.append(f"| {f['name']} | {numbers} | {f['note']} |")
+            if (DOCS / f"{name}.png").exists():
+                lines += ["", f"![{name}]({name}.png)"]
     (DOCS / "benchmarks.md").write_text("\n".join(lines) + "\n")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 
 from benchmarks.load import Load
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
@@ -13,7 +13,7 @@ COUNTS = (10, 10_000)
 STREAMS, TOKENS, ROUNDS = 16, 64, 5
 
 
-def run(_: Peers) -> list[Figure]:
+def run(_: Setting) -> list[Figure]:
     figures: list[Figure] = []
     with server() as running:
         load = Load(running.url, running.key)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import server
 
 RUNS = 3
 
 
-def run(_: Peers) -> list[Figure]:
+def run(_: Setting) -> list[Figure]:
     with server():
         pass  # converts, builds, and warms the page cache
     seconds = []

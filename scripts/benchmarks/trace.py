@@ -6,12 +6,13 @@ from __future__ import annotations
 import asyncio
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 import httpx
 import numpy as np
 
 from benchmarks.load import Answer, complete
-from benchmarks.peers import Peers
+from benchmarks.peers import Setting
 from benchmarks.report import Figure
 from benchmarks.server import Server, import_adapters, server
 
@@ -25,15 +26,36 @@ ATTAINED_SECONDS = 6.0
 TARGETS = ("q_proj", "v_proj")
 
 
-def run(_: Peers) -> list[Figure]:
+def run(setting: Setting) -> list[Figure]:
     figures = []
+    curves: dict[str, list[float]] = {}
     for count in ADAPTERS:
         with server("--device-bytes", POOL) as running:
             models = [a["model"] for a in import_adapters(running, count, RANKS, TARGETS)]
             for name, picks in (("alpha 0.3", power(count, 0.3)), ("Zipf 1.0", zipf(count, 1.0))):
                 answers = asyncio.run(replay(running, [models[i] for i in picks]))
-                figures += _figures(f"{count} adapters, {name}", answers)
+                title = f"{count} adapters, {name}"
+                curves[title] = sorted(a.first * 1e3 for a in answers)
+                figures.append(_figure(title, curves[title], answers))
+    if setting.plots is not None:
+        plot(curves, setting.plots / "trace.png")
     return figures
+
+
+def plot(curves: dict[str, list[float]], path: Path) -> None:
+    """What share of requests had their first token within how long, one curve for each setting."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(8, 5))
+    for title, first in curves.items():
+        axes.step(first, np.arange(1, len(first) + 1) / len(first), where="post", label=title)
+    axes.set(xscale="log", xlabel="time to first token (ms)", ylabel="share of requests", ylim=(0, 1.02))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
 def power(count: int, alpha: float) -> Sequence[int]:
@@ -62,11 +84,10 @@ async def replay(running: Server, models: Sequence[str]) -> list[Answer]:
         return list(await asyncio.gather(*asked))
 
 
-def _figures(name: str, answers: list[Answer]) -> list[Figure]:
-    first = sorted(a.first * 1e3 for a in answers)
+def _figure(name: str, first: list[float], answers: list[Answer]) -> Figure:
     attained = sum(a.first < ATTAINED_SECONDS for a in answers) / len(answers)
     hits = sum(a.tier == "device" for a in answers) / len(answers)
     last = first[int(len(first) * 0.99)]
     note = f"p99 {last:.0f}; under {ATTAINED_SECONDS:g} s {attained:.0%}; on the device {hits:.0%}"
     per_token = statistics.median(a.per_token for a in answers) * 1e3
-    return [Figure.of(f"{name}: first token", "ms", first, f"{note}; {per_token:.0f} ms per token")]
+    return Figure.of(f"{name}: first token", "ms", first, f"{note}; {per_token:.0f} ms per token")
