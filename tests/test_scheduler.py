@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import NamedTuple
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -30,6 +32,7 @@ class Floor:
         self._number = 0
 
     def submit(self, owner: str, prompt: int = 20, count: int = 8, seed: int | None = None) -> Sequence:
+        """With a `seed`, a beginning of a text that others with that seed begin as well."""
         self._number += 1
         tokens = random.Random(self._number if seed is None else f"seed {seed}").choices(range(1000), k=prompt)
         sequence = Sequence.of(Request(f"{owner}-{self._number}", tokens, Sampling(max_tokens=count), owner=owner))
@@ -65,39 +68,116 @@ class Floor:
 
 
 _requests = st.tuples(st.sampled_from("ABC"), st.integers(1, 90), st.integers(1, 30), st.integers(0, 3))
+_pauses = st.lists(st.integers(0, 5), min_size=15, max_size=15)
+_cancelled = st.lists(st.integers(0, 60), min_size=15, max_size=15)  # how many tokens each may have produced
 
 
-@given(requests=st.lists(_requests, max_size=15), pauses=st.lists(st.integers(0, 5), min_size=15, max_size=15))
-def test_everybody_ends_whatever_comes_when(requests: list[tuple[str, int, int, int]], pauses: list[int]) -> None:
-    floor = Floor(blocks=9, max_batch=3, max_step_tokens=16)
+@given(requests=st.lists(_requests, max_size=15), pauses=_pauses, cancelled=_cancelled, max_batch=st.integers(1, 5))
+def test_everybody_ends_whatever_comes_and_goes(
+    requests: list[tuple[str, int, int, int]], pauses: list[int], cancelled: list[int], max_batch: int
+) -> None:
+    floor = Floor(blocks=9, max_batch=max_batch, max_step_tokens=16)
+    made: list[Sequence] = []
+    gone: list[Sequence] = []
+
+    def step() -> bool:
+        for sequence, limit in zip(made, cancelled, strict=False):
+            over = sequence in gone or sequence.request.id in floor.ended
+            if not over and sequence.produced >= limit:
+                floor.scheduler.remove(sequence)
+                gone.append(sequence)
+        return floor.step()
+
     for (owner, prompt, count, seed), pause in zip(requests, pauses, strict=False):
-        floor.submit(owner, prompt, count, seed)
+        made.append(floor.submit(owner, prompt, count, seed))
         for _ in range(pause):
-            floor.step()
+            step()
     steps = 0
-    while floor.step():
+    while step():
         steps += 1
         assert steps < 3000
-    assert len(floor.ended) == len(requests)
+    assert len(floor.ended) + len(gone) == len(requests)
     assert floor.scheduler.kv.blocks.free == 9
+    assert list(floor.scheduler.waiting()) == floor.scheduler.running == []
 
 
-def test_one_request_is_not_held_up_by_anothers_hundred() -> None:
-    floor = Floor()
+class Shape(NamedTuple):
+    """An engine, what one owner asks of it a hundred times, and what another asks once."""
+
+    blocks: int
+    max_batch: int
+    max_step_tokens: int
+    many: tuple[int, int]  # tokens of the prompt, and of the answer
+    one: tuple[int, int]
+
+
+SHAPES_OF_LOAD = {
+    "long prompts": Shape(64, 8, 64, (200, 20), (30, 5)),
+    "long answers": Shape(64, 8, 64, (16, 200), (64, 40)),
+    "answers in step with one another fill the cache": Shape(20, 16, 64, (15, 150), (40, 60)),
+    "long prompts fill the cache": Shape(40, 32, 256, (150, 100), (150, 40)),
+    "short prompts fill the batch": Shape(64, 32, 32, (1, 200), (1, 30)),
+    "two places": Shape(64, 2, 256, (100, 50), (30, 30)),
+    "few tokens in a step": Shape(64, 8, 8, (100, 50), (5, 30)),
+}
+
+
+@pytest.mark.parametrize("name", SHAPES_OF_LOAD)
+def test_anothers_hundred_requests_hold_a_first_token_up_by_two_steps_at_most(name: str) -> None:
+    """Whenever it comes; and what it computed is not thrown away for the others either."""
+    shape = SHAPES_OF_LOAD[name]
+    for before in range(1, 60):
+        floor = Floor(blocks=shape.blocks, max_batch=shape.max_batch, max_step_tokens=shape.max_step_tokens)
+        for _ in range(100):
+            floor.submit("many", *shape.many)
+        for _ in range(before):
+            floor.step()
+        one = floor.submit("one", *shape.one)
+        assert floor.until(one, 1) <= 2, f"after {before} steps"
+        floor.until(one, shape.one[1])
+        assert floor.served["one"] == sum(shape.one) - 1
+
+
+def test_several_owners_who_come_at_once_all_begin_at_once() -> None:
+    floor = Floor(blocks=30, max_batch=8, max_step_tokens=64)
     for _ in range(100):
-        floor.submit("many", count=50)
-    for _ in range(10):
-        floor.step()
-    assert floor.until(floor.submit("one"), 1) == 1
-
-
-def test_one_request_is_not_held_up_by_anothers_in_a_full_cache() -> None:
-    floor = Floor(blocks=8, max_batch=16)
+        floor.submit("many", prompt=30, count=60)
     for _ in range(20):
-        floor.submit("many", prompt=20, count=60)
-    for _ in range(30):
         floor.step()
-    assert floor.until(floor.submit("one"), 1) <= 2
+    ones = [floor.submit(f"one-{i}", prompt=8) for i in range(6)]
+    for one in ones:
+        assert floor.until(one, 1) <= 1
+
+
+def test_owners_come_in_turn_each_with_its_oldest() -> None:
+    floor = Floor(max_batch=1)
+    for owner in ("a", "a", "a", "b", "b", "c"):
+        floor.submit(owner, prompt=5, count=3)
+    while floor.step():
+        pass
+    assert floor.ended == ["a-1", "b-4", "c-6", "a-2", "b-5", "a-3"]
+
+
+def test_a_prompt_is_computed_in_pieces_that_fit_into_a_step() -> None:
+    floor = Floor(max_step_tokens=64)
+    sequence = floor.submit("a", prompt=200)
+    seen = []
+    while sequence.produced == 0:
+        seen.append(-sequence.computed)
+        floor.step()
+        seen[-1] += sequence.computed
+    assert seen == [64, 64, 64, 8]
+
+
+def test_a_long_prompt_is_not_starved_by_short_ones_behind_it() -> None:
+    floor = Floor(blocks=8, max_batch=4)
+    short = [floor.submit("a", prompt=20, count=20) for _ in range(2)]
+    floor.step()
+    long = floor.submit("a", prompt=115, count=5)  # needs the whole cache
+    behind = [floor.submit("a", prompt=5, count=5) for _ in range(20)]
+    floor.until(long, 1)
+    assert all(s.request.id in floor.ended for s in short)
+    assert all(s.produced == 0 for s in behind)
 
 
 def test_owners_who_always_want_more_get_the_same_whatever_they_ask() -> None:
@@ -125,6 +205,53 @@ def test_an_owner_who_paused_comes_back_level_and_not_with_credit() -> None:
         floor.step()
     gained = floor.served - before
     assert gained["steady"] > 0.3 * gained["back"] > 0
+
+
+def test_an_owner_who_asked_for_little_saves_up_no_credit() -> None:
+    floor = Floor(max_batch=8)
+    for _ in range(40):
+        floor.submit("much", prompt=10, count=60)
+    floor.submit("little", prompt=10, count=200)
+    for _ in range(150):
+        floor.step()
+    assert floor.served["much"] > 5 * floor.served["little"]
+    before = Counter(floor.served)
+    for _ in range(40):
+        floor.submit("little", prompt=10, count=60)
+    for _ in range(100):
+        floor.step()
+    gained = floor.served - before
+    assert gained["much"] > 0.7 * gained["little"] > 0
+
+
+def test_an_owner_who_was_never_made_to_wait_is_owed_nothing_either() -> None:
+    floor = Floor(max_batch=8)
+    floor.submit("little", prompt=10, count=500)
+    for _ in range(5):
+        floor.submit("much", prompt=10, count=200)
+    for _ in range(150):
+        floor.step()
+    for owner in ("much", "little", "new"):
+        for _ in range(20):
+            floor.submit(owner, prompt=10, count=20)
+    before = Counter(floor.served)
+    for _ in range(150):
+        floor.step()
+    gained = floor.served - before
+    assert min(gained.values()) > 0.7 * max(gained.values())
+
+
+def test_who_has_left_leaves_no_counter() -> None:
+    floor = Floor(max_batch=2)
+    for owner in "abcd":
+        floor.submit(owner)
+    waiting = floor.submit("e")
+    floor.step()
+    floor.scheduler.remove(waiting)
+    assert floor.scheduler._served.keys() == set("abcd")
+    while floor.step():
+        pass
+    assert floor.scheduler._served == {}
 
 
 def test_an_owner_in_turn_is_not_made_to_compute_twice_for_one_who_had_more() -> None:
@@ -174,6 +301,42 @@ def test_a_whole_prompt_in_the_cache_still_leaves_a_token_to_sample_from() -> No
     [work] = floor.scheduler.schedule()
     assert work.tokens == 16
     assert again.computed == 32
+
+
+def test_the_same_beginning_is_computed_once_for_requests_that_come_together() -> None:
+    floor = Floor(max_batch=8, max_step_tokens=32)
+    same = [floor.submit("a", prompt=100, count=4, seed=1) for _ in range(4)]
+    other = floor.submit("b", prompt=100, count=4, seed=1)
+    assert floor.until(same[0], 1) <= 8
+    for sequence in (*same, other):
+        floor.until(sequence, 4)
+    rest = 100 - 96
+    assert floor.served == {"a": 96 + 4 * (rest + 3), "b": 100 + 3}
+
+
+def test_a_beginning_that_parts_is_waited_for_only_as_far_as_it_goes() -> None:
+    floor = Floor(max_batch=8, max_step_tokens=32)
+    long = floor.submit("a", prompt=200, seed=1)
+    short = floor.submit("a", prompt=20, seed=1)
+    unlike = floor.submit("a", prompt=20, seed=2)
+    floor.step()
+    assert floor.scheduler.running == [long, unlike]
+    floor.step()
+    assert (short.computed, long.computed) == (16, 64)
+    assert floor.scheduler.running == [long, unlike, short]
+
+
+def test_who_waits_for_a_beginning_goes_on_when_that_one_is_cancelled_or_gives_way() -> None:
+    floor = Floor(blocks=16, max_batch=8, max_step_tokens=32)
+    first, second, third = (floor.submit("a", prompt=100, seed=1) for _ in range(3))
+    floor.step()
+    floor.scheduler.remove(first)
+    floor.step()
+    assert floor.scheduler.running == [second]
+    assert floor.scheduler.shared_tokens == 32
+    floor.scheduler._preempt(second)
+    floor.until(third, 8)
+    floor.until(second, 8)
 
 
 def test_owners_and_versions_share_nothing() -> None:
