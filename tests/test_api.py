@@ -26,6 +26,7 @@ from tests.serving import BASE, CONTEXT, SECONDS, PeftFiles, Server, User, chat_
 from tests.tiny import full_logits, greedy
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
+SHORT: dict[str, Any] = {"hyperparameters": {"n_epochs": 1}}
 
 
 @pytest.fixture(scope="session")
@@ -158,7 +159,7 @@ def test_events_are_listed_newest_first_and_page_by_page(user: User) -> None:
 
 
 def test_a_retried_creation_makes_one_job_even_when_the_first_is_done(user: User) -> None:
-    request: dict[str, Any] = {"model": BASE, "training_file": user.upload(chat_lines()), "suffix": "once"}
+    request: dict[str, Any] = {"model": BASE, "training_file": user.upload(chat_lines()), "suffix": "once", **SHORT}
     jobs = user.openai.fine_tuning.jobs
     retried = {"x-stainless-retry-count": "1"}
     made = jobs.create(**request)
@@ -174,7 +175,7 @@ def test_an_idempotency_key_makes_one_job_for_its_owner(server: Server, user: Us
         file = who.upload(chat_lines())
         headers = {"Idempotency-Key": "k-1"}
         jobs = who.openai.fine_tuning.jobs
-        return jobs.create(model=BASE, training_file=file, extra_headers=headers, **more).id
+        return jobs.create(model=BASE, training_file=file, extra_headers=headers, **SHORT, **more).id
 
     first = create(user)
     assert create(user) == first
@@ -186,7 +187,7 @@ def test_the_sdks_own_retry_after_a_lost_answer_makes_one_job(user: User) -> Non
     with losing_the_first_answer(user.url) as url:
         client = openai.OpenAI(base_url=f"{url}/v1", api_key=user.key, max_retries=2, timeout=SECONDS)
         with client:
-            job = client.fine_tuning.jobs.create(model=BASE, training_file=file)
+            job = client.fine_tuning.jobs.create(model=BASE, training_file=file, **SHORT)
     assert [j.id for j in user.openai.fine_tuning.jobs.list()] == [job.id]
 
 
