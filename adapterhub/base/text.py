@@ -90,7 +90,13 @@ class Detokenizer:
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int]) -> None:
         self._tokenizer = tokenizer
-        self._stream = DecodeStream(ids=prompt[-8:], skip_special_tokens=True)
+        tail = prompt[-8:]  # enough to know whether a space comes before what follows
+        whole = len(tail)
+        while whole and tokenizer.decode(tail[:whole]).endswith("\ufffd"):  # the prompt ends within a character
+            whole -= 1
+        self._stream = DecodeStream(ids=tail[:whole], skip_special_tokens=True)
+        for token in tail[whole:]:
+            self._stream.step(tokenizer, token)
 
     def push(self, token: int) -> str:
         return self._stream.step(self._tokenizer, token) or ""
