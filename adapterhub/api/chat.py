@@ -6,18 +6,16 @@ import asyncio
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer, while_connected
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
-from adapterhub.api.streaming import Chunk, stream
+from adapterhub.api.streaming import Form, Json, respond
 from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
-from adapterhub.swap.database import now
 
 router = APIRouter(prefix="/v1/chat", tags=["inference"])
 
@@ -93,40 +91,23 @@ async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Reques
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
     plan = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)
     generation = Generation(hub, caller.owner, model, [prompt], body, plan)
-    head = {
-        "id": f"chatcmpl-{generation.id}",
-        "created": now(),
-        "model": model.name,
-        "system_fingerprint": model.system_fingerprint,
-    }
-    if not body.stream:
-        answer = await while_connected(request, _whole(hub.codec, generation, head))
-        return answer or Response(status_code=499)
-    if await while_connected(request, generation.started()) is None:
-        return Response(status_code=499)
-    head |= {"object": "chat.completion.chunk"} | ({"usage": None} if body.wants_usage else {})
-
-    def chunk_of(piece: Piece) -> Chunk:
-        delta = {"content": piece.text} if piece.text or piece.tokens else {}
-        return {**head, "choices": [_choice(hub.codec, piece, delta=delta)]}
-
-    def opening(index: int) -> Chunk:
-        return {**head, "choices": [_choice(hub.codec, Piece(index, ""), delta={"role": "assistant", "content": ""})]}
-
-    closing = [lambda: {**head, "choices": [], "usage": generation.usage}] if body.wants_usage else []
-    return stream(generation, map(opening, range(body.n or 1)), chunk_of, closing)
+    return await respond(request, body, generation, _form(hub.codec))
 
 
-async def _whole(codec: TextCodec, generation: Generation, head: dict[str, Any]) -> JSONResponse:
-    choices = [
-        _choice(codec, answer, message={"role": "assistant", "content": answer.text, "refusal": None})
-        for answer in await generation.whole()
-    ]
-    body = {**head, "object": "chat.completion", "choices": choices, "usage": generation.usage}
-    return JSONResponse(body, headers=generation.headers)
+def _form(codec: TextCodec) -> Form:
+    def whole(answer: Piece) -> Json:
+        return _choice(codec, answer, message={"role": "assistant", "content": answer.text, "refusal": None})
+
+    def part(piece: Piece) -> Json:
+        return _choice(codec, piece, delta={"content": piece.text} if piece.text or piece.tokens else {})
+
+    def opening(index: int) -> Json:
+        return _choice(codec, Piece(index, ""), delta={"role": "assistant", "content": ""})
+
+    return Form("chatcmpl", "chat.completion", "chat.completion.chunk", whole, part, opening)
 
 
-def _choice(codec: TextCodec, piece: Piece, **content: Any) -> dict[str, Any]:
+def _choice(codec: TextCodec, piece: Piece, **content: Any) -> Json:
     logprobs = {"content": [_logprob(codec, token) for token in piece.tokens], "refusal": None}
     return {
         "index": piece.index,
@@ -136,8 +117,8 @@ def _choice(codec: TextCodec, piece: Piece, **content: Any) -> dict[str, Any]:
     }
 
 
-def _logprob(codec: TextCodec, token: Token) -> dict[str, Any]:
-    def shown(identity: int, logprob: float | None) -> dict[str, Any]:
+def _logprob(codec: TextCodec, token: Token) -> Json:
+    def shown(identity: int, logprob: float | None) -> Json:
         raw = codec.token_bytes(identity)
         return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
 

@@ -6,18 +6,16 @@ import asyncio
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
-from fastapi.responses import JSONResponse
 from pydantic import Field
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, TokenId, while_connected
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, TokenId
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
-from adapterhub.api.streaming import Chunk, stream
+from adapterhub.api.streaming import Form, Json, respond
 from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
-from adapterhub.swap.database import now
 
 router = APIRouter(prefix="/v1", tags=["inference"])
 MAX_PROMPTS = 64
@@ -41,41 +39,26 @@ async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: 
     for prompt in prompts:
         hub.engine.check_length(len(prompt), plan.max_tokens)
     generation = Generation(hub, caller.owner, model, prompts, body, plan)
-    head = {
-        "id": f"cmpl-{generation.id}",
-        "object": "text_completion",
-        "created": now(),
-        "model": model.name,
-        "system_fingerprint": model.system_fingerprint,
-    }
-    if not body.stream:
-        answer = await while_connected(request, _whole(hub.codec, generation, head))
-        return answer or Response(status_code=499)
-    if await while_connected(request, generation.started()) is None:
-        return Response(status_code=499)
-    head |= {"usage": None} if body.wants_usage else {}
-    offsets = [0] * len(prompts) * (body.n or 1)
+    return await respond(request, body, generation, _form(hub.codec, generation.choices))
 
-    def chunk_of(piece: Piece) -> Chunk:
-        choice = _choice(hub.codec, piece, offsets[piece.index])
+
+def _form(codec: TextCodec, choices: int) -> Form:
+    offsets = [0] * choices  # how much of each streamed text there has been
+
+    def part(piece: Piece) -> Json:
+        choice = _choice(codec, piece, offsets[piece.index])
         offsets[piece.index] += len(piece.text)
-        return {**head, "choices": [choice]}
+        return choice
 
-    closing = [lambda: {**head, "choices": [], "usage": generation.usage}] if body.wants_usage else []
-    return stream(generation, [], chunk_of, closing)
-
-
-async def _whole(codec: TextCodec, generation: Generation, head: dict[str, Any]) -> JSONResponse:
-    choices = [_choice(codec, answer, 0) for answer in await generation.whole()]
-    return JSONResponse({**head, "choices": choices, "usage": generation.usage}, headers=generation.headers)
+    return Form("cmpl", "text_completion", "text_completion", lambda answer: _choice(codec, answer, 0), part)
 
 
-def _choice(codec: TextCodec, piece: Piece, offset: int) -> dict[str, Any]:
+def _choice(codec: TextCodec, piece: Piece, offset: int) -> Json:
     logprobs = _logprobs(codec, piece.tokens, offset) if piece.tokens else None
     return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
 
-def _logprobs(codec: TextCodec, tokens: tuple[Token, ...], offset: int) -> dict[str, Any]:
+def _logprobs(codec: TextCodec, tokens: tuple[Token, ...], offset: int) -> Json:
     texts = [codec.token_bytes(token.id).decode(errors="replace") for token in tokens]
     best = [{codec.token_bytes(b.token).decode(errors="replace"): b.logprob for b in t.best} for t in tokens]
     return {

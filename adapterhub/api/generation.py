@@ -140,11 +140,12 @@ class Generation:
         self.completion_tokens = 0
         self._hub, self._owner, self._stops = hub, owner, request.stops
         self._adapter = model.version.ref if model.version else None
-        choices = request.n or 1
+        each = request.n or 1
+        self.choices = len(prompts) * each
         self._answers: list[AsyncGenerator[Piece]] = []
-        for index in range(len(prompts) * choices):
-            seed = None if plan.seed is None else plan.seed + index % choices
-            self._answers.append(self._answer(index, prompts[index // choices], replace(plan, seed=seed)))
+        for index in range(self.choices):
+            seed = None if plan.seed is None else plan.seed + index % each
+            self._answers.append(self._answer(index, prompts[index // each], replace(plan, seed=seed)))
         self._first: list[Piece] = []
         self._next: dict[asyncio.Future[Piece], int] = {}  # what is awaited of which answer
 

@@ -1,6 +1,7 @@
-"""Server-sent events, as OpenAI's clients read them: `data: {...}` lines, `data: [DONE]` last.
+"""How a generation is answered: whole, or as server-sent events as OpenAI's clients read them.
 
-A failure after the first byte cannot be an HTTP status any more; it is sent as `data: {"error": {...}}`.
+A stream is `data: {...}` lines, `data: [DONE]` last. A failure after the first byte cannot be an HTTP status any more;
+it is sent as `data: {"error": {...}}`.
 """
 
 from __future__ import annotations
@@ -8,45 +9,80 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
-from fastapi.responses import StreamingResponse
+from fastapi import Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
 
-from adapterhub.api.generation import Generation, Piece
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, while_connected
 from adapterhub.errors import HubError, ServerFault
+from adapterhub.swap.database import now
 
 log = logging.getLogger(__name__)
-Chunk = dict[str, Any]
+CLIENT_GONE = 499  # nobody reads it
+Json = dict[str, Any]
 
 
-def stream(
-    generation: Generation,
-    opening: Iterable[Chunk],
-    chunk_of: Callable[[Piece], Chunk],
-    closing: Iterable[Callable[[], Chunk]],
-) -> StreamingResponse:
-    """Streams a started generation: `opening` chunks, one for each piece with news, then the `closing` ones."""
+@dataclass(frozen=True)
+class Form:
+    """How an endpoint writes an answer: its ids and objects, a choice made of a whole answer, one made of a piece of
+    it,
+    and what each choice of a stream begins with."""
 
-    async def events() -> AsyncIterator[str]:
-        try:
-            for chunk in opening:
-                yield _event(chunk)
-            async for piece in generation.pieces():
-                if piece.text or piece.finish or piece.tokens:
-                    yield _event(chunk_of(piece))
-            for close in closing:
-                yield _event(close())
-            yield "data: [DONE]\n\n"
-        except HubError as error:
-            yield _event(error.body)
-        except Exception:
-            log.exception("a stream failed")
-            yield _event(ServerFault("The server met an unexpected error. Its log says more.").body)
-        finally:
-            await generation.close()
-
-    return StreamingResponse(events(), media_type="text/event-stream", headers=generation.headers)
+    prefix: str
+    whole_object: str
+    chunk_object: str
+    whole: Callable[[Piece], Json]
+    part: Callable[[Piece], Json]
+    opening: Callable[[int], Json] | None = None
 
 
-def _event(chunk: Chunk) -> str:
+async def respond(request: Request, body: GenerationRequest, generation: Generation, form: Form) -> Response:
+    """Answers `body`; stops the generation when the client goes away."""
+    head = {
+        "id": f"{form.prefix}-{generation.id}",
+        "created": now(),
+        "model": generation.model.name,
+        "system_fingerprint": generation.model.system_fingerprint,
+    }
+    if not body.stream:
+        answers = await while_connected(request, generation.whole())
+        if answers is None:
+            return Response(status_code=CLIENT_GONE)
+        whole = {"object": form.whole_object, "choices": list(map(form.whole, answers)), "usage": generation.usage}
+        return JSONResponse(head | whole, headers=generation.headers)
+    if await while_connected(request, generation.started()) is None:
+        return Response(status_code=CLIENT_GONE)
+    head["object"] = form.chunk_object
+    events = _events(generation, head, form, body.wants_usage)
+    return StreamingResponse(events, media_type="text/event-stream", headers=generation.headers)
+
+
+async def _events(generation: Generation, head: Json, form: Form, wants_usage: bool) -> AsyncIterator[str]:
+    no_usage = {"usage": None} if wants_usage else {}
+
+    def chunk(choices: Iterable[Json]) -> str:
+        return _event(head | {"choices": list(choices)} | no_usage)
+
+    try:
+        if form.opening is not None:
+            for index in range(generation.choices):
+                yield chunk([form.opening(index)])
+        async for piece in generation.pieces():
+            if piece.text or piece.finish or piece.tokens:
+                yield chunk([form.part(piece)])
+        if wants_usage:
+            yield _event(head | {"choices": [], "usage": generation.usage})
+        yield "data: [DONE]\n\n"
+    except HubError as error:
+        yield _event(error.body)
+    except Exception:
+        log.exception("a stream failed")
+        yield _event(ServerFault("The server met an unexpected error. Its log says more.").body)
+    finally:
+        await generation.close()
+
+
+def _event(chunk: Json) -> str:
     return f"data: {json.dumps(chunk, ensure_ascii=False, separators=(',', ':'))}\n\n"
