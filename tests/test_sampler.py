@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any
 
 import pytest
@@ -63,6 +64,63 @@ def test_a_row_gets_the_same_token_alone_and_among_any_others(rounded: bool) -> 
         assert ids(logits, *(make([3, 3, 9], **m) for m in made)) == alone
         backwards = [make([3, 3, 9], **m) for m in reversed(made)]
         assert ids(logits.flip(0), *backwards) == alone[::-1]
+
+
+def naive(row: torch.Tensor, sequence: Sequence, end: frozenset[int]) -> int:
+    """The formulas, one token after the other, in double precision."""
+    sampling, logits = sequence.request.sampling, row.double().tolist()
+    for token, times in sequence.counts.items():
+        logits[token] -= sampling.frequency_penalty * times + sampling.presence_penalty
+    for token, bias in sampling.logit_bias.items():
+        logits[token] += bias
+    if sequence.produced < sampling.min_tokens:
+        for token in end:
+            logits[token] = -math.inf
+    best = max(range(len(logits)), key=logits.__getitem__)
+    if sampling.temperature == 0:
+        return best
+    weights = [math.exp((logit - logits[best]) / sampling.temperature) for logit in logits]
+    order, mass = list(range(len(weights))), sum(weights)
+    if sampling.top_p < 1:
+        order.sort(key=lambda token: -weights[token])
+        before, nucleus = 0.0, []
+        for token in order:
+            if nucleus and before >= sampling.top_p * mass:
+                break
+            nucleus.append(token)
+            before += weights[token]
+        order = nucleus
+    drawn = random.Random(sampling.seed).random() * sum(weights[token] for token in order)
+    for token in order:
+        drawn -= weights[token]
+        if drawn < 0:
+            return token
+    return order[-1]
+
+
+@pytest.mark.parametrize("vocabulary", [3, 511, 512, 513, 49152])
+@pytest.mark.parametrize("size", [0.5, 5.0, 40.0])  # flat, so that the nucleus has most of the tokens; and sharp
+def test_every_row_of_a_mixed_batch_is_what_the_formulas_say(vocabulary: int, size: float) -> None:
+    """On logits so far apart that rounding does not decide which comes first."""
+    choose = random.Random(vocabulary)
+    end, rows, sequences = frozenset({1, 2}), [], []
+    for i in range(24):
+        generator = torch.Generator().manual_seed(i)
+        rows.append(torch.randperm(vocabulary, generator=generator) * (size / vocabulary))
+        tokens = [choose.randrange(vocabulary) for _ in range(6)]
+        sampling: dict[str, Any] = {
+            "temperature": choose.choice([0.0, 0.3, 1.0, 2.0]),
+            "top_p": choose.choice([0.0, 0.3, 0.9, 0.999, 1.0, 1.0]),
+            "seed": i,
+            "frequency_penalty": choose.choice([0.0, 1.5, -2.0]),
+            "presence_penalty": choose.choice([0.0, 0.7, -1.0]),
+            "logit_bias": {token: choose.uniform(-3, 3) for token in tokens[:3]} if choose.random() < 0.4 else {},
+            "min_tokens": choose.choice([0, 0, 5, 9]),
+            "logprobs": choose.choice([None, 2]),
+        }
+        sequences.append(make(choose.choices(tokens, k=7), **sampling))
+    expected = [naive(row, sequence, end) for row, sequence in zip(rows, sequences, strict=True)]
+    assert ids(torch.stack(rows), *sequences, end=end) == expected
 
 
 def test_a_row_that_is_not_finite_gets_none_and_spoils_no_other() -> None:
