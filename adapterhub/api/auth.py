@@ -16,7 +16,7 @@ from sqlite_utils import Migrations
 
 from adapterhub.errors import Forbidden, Unauthorized
 from adapterhub.swap.database import Database, now
-from adapterhub.swap.registry import check_name
+from adapterhub.swap.names import check_name
 
 PREFIX = "sk-ah-"
 migrations = Migrations("adapterhub.keys")

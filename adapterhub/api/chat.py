@@ -108,7 +108,7 @@ def _form(codec: TextCodec) -> Form:
 
 
 def _choice(codec: TextCodec, piece: Piece, **content: Any) -> Json:
-    logprobs = {"content": [_logprob(codec, token) for token in piece.tokens], "refusal": None}
+    logprobs = {"content": [_logprob(codec, said.token) for said in piece.tokens], "refusal": None}
     return {
         "index": piece.index,
         **content,

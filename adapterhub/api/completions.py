@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, TokenId
+from adapterhub.api.generation import Generation, GenerationRequest, Piece, Said, TokenId
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
 from adapterhub.api.streaming import Form, Json, respond
-from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
 
@@ -37,36 +37,37 @@ async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: 
     prompts = await asyncio.to_thread(_prompts, hub, body.prompt)
     plan = body.sampling(body.max_tokens or _DEFAULT_TOKENS, body.logprobs)
     for prompt in prompts:
-        hub.engine.check_length(len(prompt), plan.max_tokens)
+        hub.engine.check_length(len(prompt), plan.max_tokens, "prompt")
     generation = Generation(hub, caller.owner, model, prompts, body, plan)
-    return await respond(request, body, generation, _form(hub.codec, generation.choices))
+    return await respond(request, body, generation, _form(hub.codec))
 
 
-def _form(codec: TextCodec, choices: int) -> Form:
-    offsets = [0] * choices  # how much of each streamed text there has been
-
-    def part(piece: Piece) -> Json:
-        choice = _choice(codec, piece, offsets[piece.index])
-        offsets[piece.index] += len(piece.text)
-        return choice
-
-    return Form("cmpl", "text_completion", "text_completion", lambda answer: _choice(codec, answer, 0), part)
+def _form(codec: TextCodec) -> Form:
+    choice = partial(_choice, codec)
+    return Form("cmpl", "text_completion", "text_completion", choice, choice)
 
 
-def _choice(codec: TextCodec, piece: Piece, offset: int) -> Json:
-    logprobs = _logprobs(codec, piece.tokens, offset) if piece.tokens else None
+def _choice(codec: TextCodec, piece: Piece) -> Json:
+    logprobs = _logprobs(codec, piece.tokens) if piece.tokens else None
     return {"index": piece.index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish}
 
 
-def _logprobs(codec: TextCodec, tokens: tuple[Token, ...], offset: int) -> Json:
-    texts = [codec.token_bytes(token.id).decode(errors="replace") for token in tokens]
-    best = [{codec.token_bytes(b.token).decode(errors="replace"): b.logprob for b in t.best} for t in tokens]
+def _logprobs(codec: TextCodec, tokens: tuple[Said, ...]) -> Json:
     return {
-        "tokens": texts,
-        "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": best,
-        "text_offset": [offset + sum(map(len, texts[:at])) for at in range(len(texts))],
+        "tokens": [_written(codec, said.token.id) for said in tokens],
+        "token_logprobs": [said.token.logprob for said in tokens],
+        "top_logprobs": [{_written(codec, best): logprob for best, logprob in said.token.best} for said in tokens],
+        "text_offset": [said.offset for said in tokens],
     }
+
+
+def _written(codec: TextCodec, token: int) -> str:
+    """A token that is not whole characters is written as its bytes, by which it differs from others of that kind."""
+    raw = codec.token_bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
 
 
 def _prompts(hub: Hub, prompt: str | list[int] | list[str] | list[list[int]]) -> list[list[int]]:

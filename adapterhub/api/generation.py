@@ -6,7 +6,7 @@ import asyncio
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, NamedTuple, TypeVar
 
 from fastapi import Request
 from pydantic import BaseModel, Field
@@ -84,6 +84,13 @@ class GenerationRequest(Body):
         )
 
 
+class Said(NamedTuple):
+    """A token, and how many characters of its answer came before it."""
+
+    token: Token
+    offset: int
+
+
 @dataclass(frozen=True)
 class Piece:
     """More text of answer `index`, and the tokens it came from where their log probabilities were asked for; the last
@@ -92,7 +99,7 @@ class Piece:
     index: int
     text: str
     finish: str | None = None
-    tokens: tuple[Token, ...] = ()
+    tokens: tuple[Said, ...] = ()
 
 
 class StopStrings:
@@ -101,21 +108,23 @@ class StopStrings:
     def __init__(self, stops: list[str]) -> None:
         self._stops = stops
         self._held = ""
+        self.length = 0  # characters so far, with those that are held back
         self.hit = False
 
-    def push(self, text: str) -> str:
-        """What of the text so far can be shown now."""
+    def push(self, text: str, *, last: bool = False) -> str:
+        """What of the text so far can be shown now; all of it when nothing can come after the `last`."""
         self._held += text
+        self.length += len(text)
         found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        if found:
-            self.hit = True
-            return self._held[: min(found)]
-        keep = max((self._overlap(stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        self.hit = bool(found)
+        keep = 0 if last else max((self._overlap(stop) for stop in self._stops), default=0)
+        end = min(found) if found else len(self._held) - keep
+        shown, self._held = self._held[:end], self._held[end:]
         return shown
 
-    def flush(self) -> str:
-        return "" if self.hit else self._held
+    def shows(self, offset: int) -> bool:
+        """Whether what comes after so many characters was shown, or would be if there were any."""
+        return not self._held or offset < self.length - len(self._held)
 
     def _overlap(self, stop: str) -> int:
         """How much of the end of the held text is a beginning of `stop`."""
@@ -222,6 +231,7 @@ class Generation:
 
     async def _answer(self, index: int, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Piece]:
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
+        held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
         request = EngineRequest(f"{self.id}-{index}", prompt, sampling, self._adapter, self._owner)
         outputs = self._hub.run(request)
         try:
@@ -229,15 +239,15 @@ class Generation:
                 self.origin = self.origin or output.origin
                 self.completion_tokens += 1
                 says = output.token if output.finish != "stop" else None
-                shown = stopped.push(text.push(says.id) if says else "")
-                tokens = (says,) if says and sampling.logprobs is not None else ()
-                if stopped.hit:
-                    yield Piece(index, shown, "stop", tokens)
+                if says and sampling.logprobs is not None:
+                    held.append(Said(says, stopped.length))
+                shown = stopped.push(text.push(says.id) if says else "", last=output.last)
+                told = tuple(said for said in held if stopped.shows(said.offset))
+                held = held[len(told) :]
+                finish = "stop" if stopped.hit else output.finish
+                yield Piece(index, shown, finish, told)
+                if finish:
                     return
-                if output.last:
-                    yield Piece(index, shown + stopped.flush(), output.finish, tokens)
-                    return
-                yield Piece(index, shown, None, tokens)
         finally:
             await outputs.aclose()
 
@@ -262,5 +272,5 @@ async def _gone(request: Request) -> None:
 
 def longest_answer(hub: Hub, prompt: int, asked: int | None) -> int:
     """`asked`, or all that the context has left. Raises ContextLengthExceeded when that is nothing."""
-    hub.engine.check_length(prompt, asked or 1)
+    hub.engine.check_length(prompt, asked or 1, "messages")
     return asked or hub.engine.context - prompt

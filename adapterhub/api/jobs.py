@@ -14,7 +14,7 @@ from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.pages import After, page
 from adapterhub.errors import BadRequest, NotFound
-from adapterhub.swap.registry import check_name
+from adapterhub.swap.names import check_name
 from adapterhub.train.jobs import Event, Job, Order
 from adapterhub.train.plan import check_hyperparameters
 

@@ -120,12 +120,13 @@ class Engine:
             self._live += 1
         self._post(lambda: self._scheduler.add(Sequence.of(request)))
 
-    def check_length(self, prompt: int, max_tokens: int) -> None:
+    def check_length(self, prompt: int, max_tokens: int, param: str | None = None) -> None:
+        """Raises ContextLengthExceeded, for the request's field `param`, when the two together do not fit."""
         if prompt + max_tokens > self.context:
             raise ContextLengthExceeded(
                 f"This model's maximum context length is {self.context} tokens. You asked for {prompt + max_tokens}: "
                 f"{prompt} in the prompt and {max_tokens} for the answer. Shorten the prompt or lower max_tokens.",
-                param="messages",
+                param=param,
             )
 
     def cancel(self, request: str) -> None:

@@ -7,7 +7,6 @@ at most files that no row names; `clean_up` removes those at the next start.
 from __future__ import annotations
 
 import contextlib
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,13 +15,13 @@ import sqlite_utils
 from sqlite_utils import Migrations
 
 from adapterhub.config import format_bytes
-from adapterhub.errors import BadRequest, NotFound, StorageFull
+from adapterhub.errors import NotFound, StorageFull
 from adapterhub.swap.block import SUFFIX, Block, block_path, read_block, write_block
 from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.files import remove_partials, sync_directory
+from adapterhub.swap.names import check_name
 from adapterhub.swap.tiers import AdapterRef
 
-NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?")
 migrations = Migrations("adapterhub.swap")
 
 _SELECT = """
@@ -84,17 +83,6 @@ class Version:
     def alias(self) -> str:
         """The name of whatever version is current: `{owner}/{suffix}`."""
         return f"{self.owner}/{self.name}"
-
-
-def check_name(name: str, what: str) -> str:
-    """Names of owners and adapters become parts of model names. Raises BadRequest."""
-    if not NAME.fullmatch(name):
-        raise BadRequest(
-            f"{name[:80]!r} is not a valid {what}: use 1 to 64 letters, digits, '.', '_' or '-', beginning and ending "
-            "with a letter or digit.",
-            param=what,
-        )
-    return name
 
 
 class Registry:
