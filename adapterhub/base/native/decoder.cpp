@@ -126,9 +126,10 @@ struct Buffers {
 
 struct Decoder {
   Team team;
+  int threads;
   Isa isa;
   Buffers buffers;
-  Decoder(int threads, Isa isa) : team(threads), isa(isa) { buffers.scratch.resize(threads); }
+  Decoder(int threads, Isa isa) : team(threads), threads(threads), isa(isa) { buffers.scratch.resize(threads); }
 };
 
 namespace {
@@ -212,7 +213,8 @@ class Walk {
 #endif
     each((w.rows + kPanel - 1) / kPanel, [&](int i) {
       const int first = i * kPanel;
-      linear_rows(isa_, w, x, s_.packed, tokens, y, first, std::min(first + kPanel, w.rows));
+      const int next = std::min(first + kPanel * s_.decoder.threads, w.rows - 1);
+      linear_rows(isa_, w, x, s_.packed, tokens, y, first, std::min(first + kPanel, w.rows), next);
     });
   }
 
@@ -327,7 +329,7 @@ void adapterhub_linear(int isa, const Matrix* w, const bf16* x, int tokens, floa
     for (int g = 0; g < (tokens + 15) / 16; ++g) pack_for_amx(x, tokens, w->cols, g, 0, w->cols, packed.data());
   }
 #endif
-  linear_rows(static_cast<Isa>(isa), *w, x, packed.data(), tokens, y, 0, w->rows);
+  linear_rows(static_cast<Isa>(isa), *w, x, packed.data(), tokens, y, 0, w->rows, 0);
 #if defined(__x86_64__)
   if (isa == kAmx && fits_amx(*w)) amx_end();
 #endif

@@ -174,13 +174,17 @@ AMX inline void store_transposed(const float* tile, float* y, int stride, int co
     _mm512_storeu_ps(y + static_cast<size_t>(t) * stride, _mm512_i32gather_ps(index, tile + t, 4));
 }
 
-// Needs cols % 32 == 0, and first and last multiples of 32 or the end; two weight tiles by two token tiles.
-AMX inline void linear_amx(const Matrix& w, const bf16* packed, int tokens, float* y, int stride, int first, int last) {
+// Needs cols % 32 == 0, and last - first a multiple of 16; two weight tiles by two token tiles. A tile reads 16 rows at a
+// time, a pattern that the processor does not foresee, so the rows that come next, which lie in one piece, are fetched
+// ahead: after the last of these, those from row `next`.
+AMX inline void linear_amx(const Matrix& w, const bf16* packed, int tokens, float* y, int stride, int first, int last,
+                           int next) {
   const int row_bytes = w.cols * 2, groups = (tokens + 15) / 16;
   alignas(64) float tile[4][256];
   for (int n = first; n < last; n += 32) {
     const bf16* w0 = plain_row(w, n);
     const bool two = n + 16 < last;
+    const char* ahead = reinterpret_cast<const char*>(plain_row(w, n + 32 < last ? n + 32 : next));
     const bf16* w1 = two ? w0 + static_cast<size_t>(16) * w.cols : w0;
     for (int g = 0; g < groups; g += 2) {
       const bool pair = g + 1 < groups;
@@ -203,6 +207,7 @@ AMX inline void linear_amx(const Matrix& w, const bf16* packed, int tokens, floa
         }
       } else {
         for (int k = 0; k < w.cols; k += 32) {
+          for (int line = 0; line < 32; ++line, ahead += 64) _mm_prefetch(ahead, _MM_HINT_T1);
           _tile_loadd(4, w0 + k, row_bytes);
           _tile_loadd(5, w1 + k, row_bytes);
           _tile_loadd(6, x0 + k * 16, 64);
@@ -238,20 +243,21 @@ inline void expand(Isa isa, const Matrix& w, int first, int last, bf16* out) {
 
 // y[:, 0 .. last - first) with rows [first, last) of plain weights; y has a row of `stride` numbers for each token.
 inline void linear_plain(Isa isa, const Matrix& w, const bf16* x, const bf16* packed, int tokens, float* y, int stride,
-                         int first, int last) {
+                         int first, int last, int next) {
 #if defined(__x86_64__)
-  if (isa == kAmx && w.cols % 32 == 0 && (last - first) % 16 == 0) return linear_amx(w, packed, tokens, y, stride, first, last);
+  if (isa == kAmx && w.cols % 32 == 0 && (last - first) % 16 == 0)
+    return linear_amx(w, packed, tokens, y, stride, first, last, next);
   if (isa >= kAvx512) return linear_avx512(w, x, tokens, y, stride, first, last);
 #endif
   linear_portable(w, x, tokens, y, stride, first, last);
 }
 
 // y[:, first .. last) with rows [first, last) of the weights, for all tokens. `packed` is `pack_for_amx` of x where that
-// is used.
+// is used; `next` is the row that the same thread is likely to begin with after these.
 inline void linear_rows(Isa isa, const Matrix& w, const bf16* x, const bf16* packed, int tokens, float* y, int first,
-                        int last) {
+                        int last, int next) {
   if (w.format == kBf16) {
-    linear_plain(isa, w, x, packed, tokens, y + first, w.rows, first, last);
+    linear_plain(isa, w, x, packed, tokens, y + first, w.rows, first, last, next);
   } else {
     constexpr int kRows = 32;
     static thread_local std::vector<bf16> expanded;
@@ -260,7 +266,7 @@ inline void linear_rows(Isa isa, const Matrix& w, const bf16* x, const bf16* pac
       const int rows = last - n < kRows ? last - n : kRows;
       expand(isa, w, n, n + rows, expanded.data());
       const Matrix part{expanded.data(), nullptr, nullptr, nullptr, rows, w.cols, kBf16};
-      linear_plain(isa, part, x, packed, tokens, y + n, w.rows, 0, rows);
+      linear_plain(isa, part, x, packed, tokens, y + n, w.rows, 0, rows, 0);
     }
   }
   if (w.bias)

@@ -29,6 +29,10 @@ EVERYWHERE inline void lora_portable(const bf16* a, const bf16* b, int rank, con
 AVX512 inline void lora_avx512(const bf16* a, const bf16* b, int rank, const bf16* x, int n_in, float* y, int n_out) {
   alignas(64) float s[kMaxRank];
   const int whole = n_in & ~31, rest = n_in & 31;
+  // a block is one piece of memory, read once, by rows that are too short for the processor to see where it goes on
+  fetch_ahead(a, static_cast<size_t>(rank) * n_in * sizeof(bf16));
+  const char* ahead = reinterpret_cast<const char*>(b);
+  const char* const end = reinterpret_cast<const char*>(b + static_cast<size_t>(rank) * n_out);
   for (int r = 0; r < rank; r += 16) {
     __m512 acc[16];
     const int rows = rank - r < 16 ? rank - r : 16;
@@ -38,7 +42,10 @@ AVX512 inline void lora_avx512(const bf16* a, const bf16* b, int rank, const bf1
       for (int j = 0; j < 4; ++j) row[j] = a + static_cast<size_t>(r + (i + j < rows ? i + j : i)) * n_in;
       for (int k = 0; k < whole; k += 32) {
         const __m512bh v = load32(x + k);
-        for (int j = 0; j < 4; ++j) acc[i + j] = _mm512_dpbf16_ps(acc[i + j], load32(row[j] + k), v);
+        for (int j = 0; j < 4; ++j, ahead += ahead < end ? 64 : 0) {
+          _mm_prefetch(ahead, _MM_HINT_T0);
+          acc[i + j] = _mm512_dpbf16_ps(acc[i + j], load32(row[j] + k), v);
+        }
       }
       if (rest)
         for (int j = 0; j < 4; ++j)
