@@ -73,6 +73,8 @@ def load_base(config: Config) -> Base:
             f"{config.base!r} cannot be loaded as a base: {error}\nGive --base a transformers directory with a causal "
             "language model and its tokenizer, or a hub name."
         ) from error
+    for parameter in model.parameters():  # a mapped file stays resident as a whole, also what is merged or quantized
+        parameter.data = parameter.data.clone()
     return prepare_base(name, model, tokenizer, device, _precision(config.quantize))
 
 
