@@ -101,6 +101,12 @@ class HostBlock(NamedTuple):
     meta: BlockMeta
     payload: torch.Tensor
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes of RAM: torch rounds the pinned memory that a GPU is reached from up to a power of two."""
+        size = self.meta.nbytes
+        return 1 << (size - 1).bit_length() if self.payload.is_pinned() else size
+
 
 class Placed:
     """Where a block's factors lie in the pool, for kernels as offsets and for torch as views, made when first asked."""
@@ -353,12 +359,12 @@ class Tiers:
             self._evict(resident)
 
     def _keep_in_ram(self, digest: str, block: HostBlock) -> None:
-        if block.meta.nbytes > self.ram_bytes:
+        if block.nbytes > self.ram_bytes:
             return
         self._host[digest] = block
-        sizes = [(key, entry.meta.nbytes) for key, entry in self._host.items()]
+        sizes = [(key, entry.nbytes) for key, entry in self._host.items()]
         for key in plan_shrink(sizes, self._host_bytes() - self.ram_bytes):
             del self._host[key]
 
     def _host_bytes(self) -> int:
-        return sum(entry.meta.nbytes for entry in self._host.values())
+        return sum(entry.nbytes for entry in self._host.values())

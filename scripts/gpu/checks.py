@@ -161,7 +161,7 @@ def _too_little_room(zoo: Zoo) -> dict[str, Any]:
     sizes = sorted(ref.nbytes for ref in zoo.adapters)
     return {
         "device_bytes": sum(sizes[-2:]) + 1024,
-        "ram_bytes": sum(sizes[-3:]),
+        "ram_bytes": 2 * sum(sizes[-2:]),  # pinned memory comes in powers of two
         "kv_bytes": kv_bytes(zoo.base, 12),
         "max_batch": 6,
         "max_step_tokens": 24,

@@ -133,7 +133,7 @@ class Stage:
             Config(
                 data_dir=self.directory,
                 device_bytes=adapters * nbytes,
-                ram_bytes=len(self.refs) * nbytes,
+                ram_bytes=2 * len(self.refs) * nbytes,  # pinned memory comes in powers of two
                 kv_bytes=64 * MIB if self.sizes is QUICK else 2048 * MIB,
             ),
         )
@@ -243,10 +243,10 @@ def decode(stage: Stage, limits: Limits) -> list[Figure]:
                 distinct = len({ref for ref in refs if ref is not None})
                 least = (stage.base.nbytes + distinct * stage.refs[0].nbytes) / limits.copy * 1e3
                 note = f"{median / alone:.2f} times base; {least:.3g} ms to read base and adapters"
-                figures.append(Figure.of(f"step of {rows} rows, {kind}", "ms", steps, note))
+                figures.append(Figure.of(f"{rows}-row step, {kind}", "ms", steps, note))
     times = peft_steps(stage)
     note = f"{statistics.median(times) / different:.1f} times ours, all different"
-    return [*figures, Figure.of(f"PEFT: step of {PEFT_ROWS} rows, all different", "ms", times, note)]
+    return [*figures, Figure.of(f"PEFT: {PEFT_ROWS}-row step, all different", "ms", times, note)]
 
 
 class Clock(BaseStreamer):
