@@ -718,7 +718,7 @@ def test_an_answer_that_takes_too_long_ends_with_an_error(base_directory: Path, 
 
 
 def test_a_failure_amid_a_stream_is_its_last_event(base_directory: Path, tmp_path: Path) -> None:
-    with running(small_config(base_directory, tmp_path, request_seconds=0.2)) as server:
+    with running(small_config(base_directory, tmp_path, request_seconds=0.5)) as server:
         user = server.user()
         user.train(chat_lines(200), batch_size=1, n_epochs=100)  # so that the answer takes its time
         with pytest.raises(openai.APIError, match="not complete within") as failed:

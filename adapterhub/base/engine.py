@@ -36,7 +36,7 @@ from adapterhub.swap.pool import Pool
 from adapterhub.swap.tiers import Tier, Tiers
 
 log = logging.getLogger(__name__)
-_SWEEP_SECONDS = 1.0
+_SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
 Result = TypeVar("Result")
 
 
@@ -83,6 +83,7 @@ class Engine:
         self._live = 0  # requests that have not ended
         self._max_live = config.max_batch + config.max_waiting
         self._request_seconds = config.request_seconds
+        self._sweep_seconds = min(_SWEEP_SECONDS, config.request_seconds)
         self._next_sweep = 0.0
         self._stopping = False
         # guards `_live` and `_ended`: what is asked before the end is answered, what comes after is refused
@@ -185,7 +186,7 @@ class Engine:
     def _sleep(self) -> None:
         """Until something is in the inbox, or it is time to look at deadlines."""
         with contextlib.suppress(Empty):
-            self._inbox.get(timeout=_SWEEP_SECONDS if self._live else None)()
+            self._inbox.get(timeout=self._sweep_seconds if self._live else None)()
 
     def _drain(self) -> None:
         """Runs what others asked for."""
@@ -201,7 +202,7 @@ class Engine:
         now = time.monotonic()
         if now < self._next_sweep:
             return
-        self._next_sweep = now + _SWEEP_SECONDS
+        self._next_sweep = now + self._sweep_seconds
         seconds = self._request_seconds
         late = self._scheduler.find(lambda s: now - s.arrived > seconds)
         message = (
