@@ -132,8 +132,8 @@ class Town:
 
 
 def make_questions(choose: random.Random, ref: AdapterRef | None, owner: str) -> Iterator[Question]:
-    """Half of them begin alike, half are sampled with a seed."""
-    begin = prompt_of(33, choose.randrange(2**31))
+    """Half of them begin as some of everybody's do, half are sampled with a seed."""
+    begin = prompt_of(33, choose.randrange(3))
     for number in range(QUESTIONS):
         prompt = prompt_of(choose.randint(1, 40), choose.randrange(2**31))
         seeded = Sampling(temperature=1.0, top_p=0.9, seed=choose.randrange(2**31), max_tokens=TOKENS)
