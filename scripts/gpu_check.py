@@ -8,6 +8,7 @@ status 1 if anything is not as it must be. With `--device cpu --quick` it runs a
 from __future__ import annotations
 
 import argparse
+import time
 import traceback
 import warnings
 from pathlib import Path
@@ -29,14 +30,15 @@ def main() -> None:
     if options.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("torch finds no GPU here; --device cpu --quick runs the same on a CPU")
     warnings.filterwarnings("ignore", category=FutureWarning)
-    report = Report(options.device, options.quick)
+    report, started = Report(options.device, options.quick), time.perf_counter()
     print(f"On {report.where}; {versions()}\n", flush=True)
     run(report)
     if options.json:
         report.write_json(options.json)
     if options.markdown:
         report.write_markdown(options.markdown)
-    print(f"\n{'All is well' if report.ok else 'Something is WRONG'} on {report.where}")
+    verdict = "All is well" if report.ok else "Something is WRONG"
+    print(f"\n{verdict} on {report.where}; {time.perf_counter() - started:.0f} s")
     raise SystemExit(not report.ok)
 
 
