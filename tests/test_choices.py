@@ -203,6 +203,7 @@ def test_offsets_say_where_each_token_is_in_the_text_also_after_characters_of_se
     for seed in range(6):
         choice = complete(unsure, seed=seed, **asked).choices[0]
         written, offsets = choice.logprobs.tokens, choice.logprobs.text_offset
+        assert len(written) == len(offsets) == 40, "also those at the end of which no character came"
         assert set(written) <= {" fox", " jumps", r"bytes:\x20\xf0\x9f\x98", r"bytes:\x80"}
         assert all(len(best) == 3 for best in choice.logprobs.top_logprobs), "none is written like another"
         assert offsets == sorted(offsets)

@@ -207,6 +207,20 @@ def test_logprobs_are_the_models_whatever_changes_the_choice() -> None:
     assert (plain.logprob, plain.best) == (None, ())
 
 
+class Lowest(random.Random):
+    def random(self) -> float:
+        return 0.0
+
+
+def test_the_smallest_number_drawn_is_not_a_token_that_is_impossible() -> None:
+    logits = logits_of()
+    logits[0, :9] = float("-inf")
+    for top_p in (1.0, 0.5):
+        sequence = make(temperature=1.0, top_p=top_p)
+        sequence.rng = Lowest()
+        assert ids(logits, sequence) == [9 if top_p == 1 else logits[0].argmax().item()]
+
+
 def test_a_seed_decides_and_its_numbers_go_on() -> None:
     logits = torch.zeros(1, VOCABULARY)
     one, same, other = (make(temperature=1.0, seed=seed) for seed in (1, 1, 2))

@@ -360,6 +360,22 @@ def test_owners_and_versions_share_nothing() -> None:
     assert floor.scheduler.shared_tokens == 48
 
 
+def test_what_was_preempted_is_its_owners_next() -> None:
+    floor = Floor(max_batch=2)
+    first, second, third = (floor.submit("a", count=50) for _ in range(3))
+    floor.step()
+    one = floor.submit("b", count=3)
+    floor.step()
+    assert floor.scheduler.running == [first, one]
+    said = list(second.tokens)
+    floor.until(one, 3)
+    floor.step()
+    assert floor.scheduler.running == [first, second]
+    floor.step()
+    assert second.tokens[: len(said)] == said
+    assert third.produced == 0
+
+
 def test_what_was_preempted_finds_its_beginning_in_the_cache_again() -> None:
     floor = Floor(blocks=6, max_batch=4)
     old, young = (floor.submit("a", prompt=33, count=30) for _ in range(2))
