@@ -37,7 +37,7 @@ def run(setting: Setting) -> list[Figure]:
                 )
                 figures.append(Figure.of(f"{streams} streams, {kind}", "tok/s", [r.rate for r in rounds], note))
     figures.append(Figure.of("memory bandwidth", "GB/s", [bandwidth / 1e9]))
-    return figures + setting.peers_decode(STREAMS, TOKENS, ROUNDS)
+    return figures + setting.peers_decode(TOKENS, ROUNDS)
 
 
 def _first(rounds: list[Round]) -> str:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from benchmarks.load import Load
 from benchmarks.report import Figure
 from benchmarks.server import PROMPT, write_peft_directories
 
-PEFT_STREAMS = (1, 16)
+PEER_STREAMS = (1, 16)
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,14 @@ class Setting:
     peft: bool
     plots: Path | None
 
-    def peers_decode(self, streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
+    def peers_decode(self, tokens: int, rounds: int) -> list[Figure]:
         with tempfile.TemporaryDirectory() as directory:
-            paths = write_peft_directories(Path(directory), max(streams)) if self.vllm or self.peft else []
-            figures = _vllm(self.vllm, paths, streams, tokens, rounds) if self.vllm else []
+            paths = write_peft_directories(Path(directory), max(PEER_STREAMS)) if self.vllm or self.peft else []
+            figures = _vllm(self.vllm, paths, tokens, rounds) if self.vllm else []
             return figures + (_peft(paths, tokens, rounds) if self.peft else [])
 
 
-def _vllm(url: str, paths: list[Path], streams: Sequence[int], tokens: int, rounds: int) -> list[Figure]:
+def _vllm(url: str, paths: list[Path], tokens: int, rounds: int) -> list[Figure]:
     with httpx.Client(base_url=url, timeout=600) as client:
         base = client.get("/v1/models").json()["data"][0]["id"]
         for path in paths:
@@ -43,18 +43,19 @@ def _vllm(url: str, paths: list[Path], streams: Sequence[int], tokens: int, roun
             client.post("/v1/load_lora_adapter", json=body).raise_for_status()
     load, names = Load(url), [f"a{path.name}" for path in paths]
     figures = []
-    for count in streams:
+    for count in PEER_STREAMS:
         for kind, models in (("base", [base]), ("all different", names)):
-            rates = [r.rate for r in load.rounds(models, count, tokens, rounds)]
-            figures.append(Figure.of(f"vLLM: {count} streams, {kind}", "tok/s", rates))
+            done = load.rounds(models, count, tokens, rounds)
+            note = f"first token {statistics.median(r.first_ms for r in done):.0f} ms"
+            figures.append(Figure.of(f"vLLM: {count} streams, {kind}", "tok/s", [r.rate for r in done], note))
     return figures
 
 
 def _peft(paths: list[Path], tokens: int, rounds: int) -> list[Figure]:
     order = {
         "base": base_path(EMBEDDED),
-        "paths": [str(p) for p in paths[: max(PEFT_STREAMS)]],
-        "streams": PEFT_STREAMS,
+        "paths": [str(p) for p in paths],
+        "streams": PEER_STREAMS,
         "tokens": tokens,
         "rounds": rounds,
         "prompt": PROMPT,
