@@ -13,7 +13,7 @@ from benchmarks.server import import_adapters, server
 
 STREAMS = (1, 4, 16, 32)
 TOKENS = 64
-ROUNDS = 5
+ROUNDS = 3
 
 
 def run(setting: Setting) -> list[Figure]:

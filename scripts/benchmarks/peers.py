@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import secrets
 import statistics
 import subprocess
 import sys
@@ -38,13 +39,15 @@ class Setting:
 def _vllm(url: str, paths: list[Path], tokens: int, rounds: int) -> list[Figure]:
     with httpx.Client(base_url=url, timeout=600) as client:
         base = client.get("/v1/models").json()["data"][0]["id"]
-        for path in paths:
-            body = {"lora_name": f"a{path.name}", "lora_path": str(path)}
+        run = secrets.token_hex(4)  # a name can be loaded once
+        names = {path: f"{run}-{path.name}" for path in paths}
+        for path, name in names.items():
+            body = {"lora_name": name, "lora_path": str(path)}
             client.post("/v1/load_lora_adapter", json=body).raise_for_status()
-    load, names = Load(url), [f"a{path.name}" for path in paths]
+    load = Load(url)
     figures = []
     for count in PEER_STREAMS:
-        for kind, models in (("base", [base]), ("all different", names)):
+        for kind, models in (("base", [base]), ("all different", list(names.values()))):
             done = load.rounds(models, count, tokens, rounds)
             note = f"first token {statistics.median(r.first_ms for r in done):.0f} ms"
             figures.append(Figure.of(f"vLLM: {count} streams, {kind}", "tok/s", [r.rate for r in done], note))
