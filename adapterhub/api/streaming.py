@@ -27,8 +27,7 @@ Json = dict[str, Any]
 @dataclass(frozen=True)
 class Form:
     """How an endpoint writes an answer: its ids and objects, a choice made of a whole answer, one made of a piece of
-    it,
-    and what each choice of a stream begins with."""
+    it, and what each choice of a stream begins with."""
 
     prefix: str
     whole_object: str

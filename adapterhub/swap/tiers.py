@@ -310,8 +310,7 @@ class Tiers:
 
     def _load(self, ref: AdapterRef, extent: Extent, host: HostBlock | None) -> Arrival:
         """In a reading thread: the payload goes from its file into its extent, by way of RAM where there is such a
-        tier,
-        or a GPU, which is reached from pinned memory."""
+        tier, or a GPU, which is reached from pinned memory."""
         on_cpu = self.pool.device.type == "cpu"
         if host is None:
             if on_cpu and self.ram_bytes == 0:

@@ -6,9 +6,11 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
+from figure import Figure
+
 from benchmarks import coldboot, decode, memory, prefill, scale, start, trace
 from benchmarks.peers import Setting
-from benchmarks.report import DOCS, Figure, publish, save, show
+from benchmarks.report import DOCS, publish, save, show
 
 BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "start": start.run,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from figure import Figure
+
 from adapterhub.config import MIB
 from benchmarks.limits import read_seconds
 from benchmarks.load import Answer, Load
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import PROMPT, Server, import_adapters, server
 
 PAIRS = 40

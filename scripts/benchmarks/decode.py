@@ -5,10 +5,11 @@ from __future__ import annotations
 
 import statistics
 
+from figure import Figure
+
 from benchmarks.limits import memory_bandwidth
 from benchmarks.load import Load, Round
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
 STREAMS = (1, 4, 16, 32)

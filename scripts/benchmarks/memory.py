@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from figure import Figure
+
 from benchmarks.load import Load
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
 ADAPTERS = 16

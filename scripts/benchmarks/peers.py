@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+from figure import Figure
 
 from adapterhub.base.embedded import EMBEDDED, base_path
 from benchmarks.load import Load
-from benchmarks.report import Figure
 from benchmarks.server import PROMPT, write_peft_directories
 
 PEER_STREAMS = (1, 16)

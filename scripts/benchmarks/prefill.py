@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import random
 
+from figure import Figure
+
 from benchmarks.limits import matrix_rate
 from benchmarks.load import Load
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
 LENGTHS = (128, 1024)

@@ -5,36 +5,17 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
 
+from figure import Figure
 from rich.console import Console
 from rich.table import Table
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 console = Console(highlight=False)
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Median, minimum and maximum of `runs` measurements; `note` is what stands beside it: a limit, a ratio, a goal."""
-
-    name: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    runs: int
-    note: str = ""
-
-    @classmethod
-    def of(cls, name: str, unit: str, values: Sequence[float], note: str = "") -> Figure:
-        numbers = (statistics.median(values), min(values), max(values))
-        return cls(name, unit, *(float(f"{n:.4g}") for n in numbers), len(values), note)
 
 
 def show(title: str, figures: list[Figure]) -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import statistics
 
+from figure import Figure
+
 from benchmarks.load import Load
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import import_adapters, server
 
 COUNTS = (10, 10_000)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from figure import Figure
+
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import server
 
 RUNS = 3

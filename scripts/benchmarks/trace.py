@@ -10,10 +10,10 @@ from pathlib import Path
 
 import httpx
 import numpy as np
+from figure import Figure
 
 from benchmarks.load import Answer, complete
 from benchmarks.peers import Setting
-from benchmarks.report import Figure
 from benchmarks.server import Server, import_adapters, server
 
 RANKS = (64, 32, 16, 8)

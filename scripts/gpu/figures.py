@@ -16,6 +16,7 @@ from queue import SimpleQueue
 from typing import Any, NamedTuple
 
 import torch
+from figure import Figure
 from peft import LoraConfig, get_peft_model
 from random_blocks import random_block
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
@@ -32,7 +33,6 @@ from adapterhub.train.data import Example
 from adapterhub.train.plan import Plan
 from adapterhub.train.trainer import News, Progress, Trainer
 from gpu.limits import Limits, seconds
-from gpu.report import Figure
 
 RANK = 16  # on all linears
 SIZE = 0.02  # of a random adapter's numbers

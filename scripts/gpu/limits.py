@@ -8,8 +8,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-
-from gpu.report import Figure
+from figure import Figure
 
 _REPEATS = 10
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import statistics
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import peft
 import torch
 import transformers
+from figure import Figure
 
 
 @dataclass(frozen=True)
@@ -26,28 +25,6 @@ class Check:
 
     def __str__(self) -> str:
         return f"{'ok   ' if self.ok else 'WRONG'}  {self.name}: {self.detail}"
-
-
-@dataclass(frozen=True)
-class Figure:
-    """Median, minimum and maximum of `runs` measurements; `note` is what stands beside it, such as a limit."""
-
-    name: str
-    unit: str
-    median: float
-    low: float
-    high: float
-    runs: int
-    note: str = ""
-
-    @classmethod
-    def of(cls, name: str, unit: str, values: Sequence[float], note: str = "") -> Figure:
-        numbers = (statistics.median(values), min(values), max(values))
-        return cls(name, unit, *(float(f"{n:.4g}") for n in numbers), len(values), note)
-
-    def __str__(self) -> str:
-        spread = f"{self.median:>10g}  ({self.low:g} to {self.high:g}, {self.runs} runs)"
-        return f"{self.name:<58} {spread:<44} {self.unit:<8} {self.note}".rstrip()
 
 
 @dataclass

@@ -151,8 +151,7 @@ def _weight(linear: Any) -> torch.Tensor | QuantizedWeight:
 
 def _merged(linears: list[Any]) -> Matrix:
     """Linears that read the same input as one. Their weights come to lie in one piece of memory, of which each keeps
-    its
-    part: the torch path goes on with the same numbers, and nothing is held twice."""
+    its part: the torch path goes on with the same numbers, and nothing is held twice."""
     bias = None if linears[0].bias is None else _share([linear.bias for linear in linears])
     weights = [_weight(linear) for linear in linears]
     if isinstance(weights[0], QuantizedWeight):
