@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -195,6 +197,41 @@ def test_a_mixed_batch_is_each_sequence_alone() -> None:
                 whole.slots[rows].contiguous(),
             )
             assert torch.equal(other.logits(one, torch.tensor([span.length - 1]))[0], together[i])
+
+
+def test_the_whole_team_works_on_every_step() -> None:
+    """A step is freed and the next made where it lay: a member that took one for the other would sleep through it."""
+    served, _ = bases("llama")
+    [kv] = caches(served)
+    others = threads()
+    torch_threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        decoder = NativeDecoder(served, kv, torch.zeros(1, dtype=torch.bfloat16))
+    finally:
+        torch.set_num_threads(torch_threads)
+    [member] = threads() - others
+    rows = batch(kv, [16] * 8, [60] * 8, [None] * 8)
+    with torch.no_grad():
+        decoder.logits(rows, torch.arange(128))
+        began, caller = member.cpu_seconds(), time.thread_time()
+        for _ in range(50):
+            decoder.logits(rows, torch.arange(128))
+    assert member.cpu_seconds() - began > 0.1 * (time.thread_time() - caller)
+
+
+@dataclass(frozen=True)
+class Thread:
+    """A thread of this process, as the system has it."""
+
+    id: str
+
+    def cpu_seconds(self) -> float:
+        return int(Path(f"/proc/self/task/{self.id}/schedstat").read_text().split()[0]) / 1e9
+
+
+def threads() -> set[Thread]:
+    return {Thread(path.name) for path in Path("/proc/self/task").iterdir()}
 
 
 def test_the_torch_path_shares_the_merged_weights() -> None:

@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <condition_variable>
+#include <cstdint>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -77,6 +78,7 @@ class Team {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
+      ++number_;
     }
     wake_.notify_all();
     job->work(0);
@@ -85,20 +87,18 @@ class Team {
   }
 
  private:
+  // Jobs are told apart by number: a new one may well lie where the last one lay.
   void serve(int rank) {
-    const Job* last = nullptr;
-    for (;;) {
+    for (uint64_t done = 0;;) {
       std::shared_ptr<Job> job;
       {
         std::unique_lock<std::mutex> lock(mutex_);
-        wake_.wait(lock, [&] { return stopping_ || (job_ && job_.get() != last); });
+        wake_.wait(lock, [&] { return stopping_ || (job_ && number_ != done); });
         if (stopping_) return;
         job = job_;
+        done = number_;
       }
       job->work(rank);
-      last = nullptr;
-      std::lock_guard<std::mutex> lock(mutex_);
-      if (job_ == job) last = job.get();
     }
   }
 
@@ -106,5 +106,6 @@ class Team {
   std::mutex mutex_;
   std::condition_variable wake_;
   std::shared_ptr<Job> job_;
+  uint64_t number_ = 0;
   bool stopping_ = false;
 };
