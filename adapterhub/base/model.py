@@ -17,6 +17,7 @@ from adapterhub.base.embedded import base_name, base_path
 from adapterhub.base.inject import multiplex, quantize_linears, take_over_attention
 from adapterhub.base.kv import KVShape, ShapeProbe
 from adapterhub.base.quantize import Precision
+from adapterhub.base.settle import settle
 from adapterhub.config import Config
 from adapterhub.errors import BadRequest
 from adapterhub.swap.layout import Layout
@@ -73,8 +74,6 @@ def load_base(config: Config) -> Base:
             f"{config.base!r} cannot be loaded as a base: {error}\nGive --base a transformers directory with a causal "
             "language model and its tokenizer, or a hub name."
         ) from error
-    for parameter in model.parameters():  # a mapped file stays resident as a whole, also what is merged or quantized
-        parameter.data = parameter.data.clone()
     return prepare_base(name, model, tokenizer, device, _precision(config.quantize))
 
 
@@ -92,6 +91,8 @@ def prepare_base(
     fingerprint = _fingerprint(model)  # of the weights as they were, so that adapters serve on either
     if quantized is not None:
         quantize_linears(model, quantized)
+    if device.type == "cpu":
+        settle(model)
     ends = model.generation_config.eos_token_id if model.generation_config else None
     if ends is None:
         ends = text.eos_token_id
