@@ -30,7 +30,7 @@ from adapterhub.base.model import Base
 from adapterhub.base.native.decoder import supports
 from adapterhub.base.request import Output, Request, Sampling
 from adapterhub.config import MIB, Config
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 from adapterhub.train.data import Example
 from adapterhub.train.plan import Plan
 from adapterhub.train.trainer import News, Trained, Trainer

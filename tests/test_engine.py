@@ -31,7 +31,7 @@ from adapterhub.errors import (
     Unavailable,
 )
 from adapterhub.swap.block import Block, block_path
-from adapterhub.swap.tiers import AdapterRef, Tier
+from adapterhub.swap.ref import AdapterRef, Tier
 from tests.tiny import (
     GROUPED,
     Client,

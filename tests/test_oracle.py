@@ -32,7 +32,7 @@ from transformers import (
 from adapterhub.base.model import Base
 from adapterhub.base.scheduler import Work
 from adapterhub.errors import BadRequest
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 from tests.tiny import (
     FAMILIES,
     GROUPED,

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from adapterhub.base.batch import KV_BLOCK
 from adapterhub.base.model import Base, prepare_base
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 from tests.tiny import (
     CPU,
     Client,

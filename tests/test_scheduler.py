@@ -15,7 +15,7 @@ from adapterhub.base.batch import KV_BLOCK
 from adapterhub.base.kv import KVCache, KVShape
 from adapterhub.base.request import Request, Sampling
 from adapterhub.base.scheduler import Scheduler, Sequence
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 
 SHAPES = {0: KVShape(1, 1, 1)}
 

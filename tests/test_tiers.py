@@ -19,8 +19,10 @@ import torch
 
 from adapterhub.errors import BlockDamaged, Unavailable, WrongBase
 from adapterhub.swap.block import Block, block_path, write_block
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.pool import Pool
-from adapterhub.swap.tiers import AdapterRef, Hold, Tier, Tiers
+from adapterhub.swap.ref import AdapterRef, Tier
+from adapterhub.swap.tiers import Hold, Tiers
 from tests.test_block import LAYOUT, make_block
 
 SIZE = 512  # bytes of an extent: rank 6 of that layout, in bfloat16, is 504
@@ -36,7 +38,7 @@ class Store:
         fields = {"dtype": torch.bfloat16, "device": torch.device("cpu"), **pool}
         self.tiers = Tiers(
             Pool(extents * SIZE, **fields),
-            directory,
+            DiskTier(directory),
             "f" * 64,
             LAYOUT,
             ram_bytes=ram * 504,
@@ -159,7 +161,7 @@ def test_many_requests_for_one_block_share_one_read(store: Store) -> None:
         store.check(hold)
         store.tiers.release(hold)
     assert store.tiers.counters.loaded_bytes == ref.nbytes
-    assert store.tiers.counters.hits == {Tier.DISK: 6, Tier.RAM: 0, Tier.DEVICE: 0}  # and the pipe
+    assert store.tiers.counters.hits == {Tier.DISK: 6, Tier.REMOTE: 0, Tier.RAM: 0, Tier.DEVICE: 0}  # and the pipe
 
 
 def test_what_was_cancelled_on_its_way_arrives_and_serves_the_next(store: Store) -> None:

@@ -36,8 +36,10 @@ from adapterhub.base.scheduler import Work
 from adapterhub.config import Config
 from adapterhub.swap import peft
 from adapterhub.swap.block import Block, write_block
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.pool import Pool
-from adapterhub.swap.tiers import AdapterRef, Tiers
+from adapterhub.swap.ref import AdapterRef
+from adapterhub.swap.tiers import Tiers
 
 CPU = torch.device("cpu")
 VOCABULARY = 160
@@ -235,7 +237,7 @@ class Machine:
         self._arrived = threading.Event()
         self.tiers = Tiers(
             Pool(1024**2, self.base.dtype, CPU),
-            directory / "blobs",
+            DiskTier(directory / "blobs"),
             self.base.fingerprint,
             self.base.layout,
             ram_bytes=0,

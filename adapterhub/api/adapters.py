@@ -14,8 +14,8 @@ from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
 from adapterhub.swap.names import check_name
+from adapterhub.swap.ref import Tier
 from adapterhub.swap.registry import Version
-from adapterhub.swap.tiers import Tier
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 

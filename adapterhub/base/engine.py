@@ -32,8 +32,10 @@ from adapterhub.errors import (
     TooManyRequests,
     Unavailable,
 )
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.pool import Pool
-from adapterhub.swap.tiers import Tier, Tiers
+from adapterhub.swap.ref import AdapterRef, Tier, Use
+from adapterhub.swap.tiers import Tiers
 
 log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
@@ -53,18 +55,29 @@ class IdleWork(Protocol):
 
 
 class Engine:
-    """`on_output` is called on the engine's thread, with the outputs of one step; it must not block."""
+    """`on_output` is called on the engine's thread with the outputs of one step, `on_use` once for each request that an
+    adapter answers, when its first token is there. Neither may block."""
 
-    def __init__(self, base: Base, config: Config, on_output: Callable[[list[Output]], None]) -> None:
+    def __init__(
+        self,
+        base: Base,
+        config: Config,
+        on_output: Callable[[list[Output]], None],
+        *,
+        disk: DiskTier | None = None,
+        on_use: Callable[[Use], None] | None = None,
+    ) -> None:
+        """`disk` is where blocks come from, by default the directory of `config`."""
         self.base = base
         self._on_output = on_output
+        self._on_use = on_use
         self._serve_share = config.serve_share
         self.budgets = _budgets(base, config)
         self.kv = KVCache(base.kv_shapes, self.budgets.kv, base.dtype, base.device)
         self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
         self.tiers = Tiers(
             Pool(self.budgets.device, base.dtype, base.device),
-            config.blobs_dir,
+            disk or DiskTier(config.blobs_dir),
             base.fingerprint,
             base.layout,
             ram_bytes=self.budgets.ram,
@@ -269,7 +282,13 @@ class Engine:
         if sequence.produced == 1:
             hold = sequence.hold
             origin = Origin(hold.tier, hold.load_ms) if hold else Origin(Tier.BASE, 0.0)
+            self._note_use(sequence.request.adapter, origin)
         return Output(sequence.request.id, token, finish, origin=origin)
+
+    def _note_use(self, adapter: AdapterRef | None, origin: Origin) -> None:
+        if self._on_use is not None and adapter is not None:
+            version, digest, nbytes, owner, _ = adapter
+            self._on_use(Use(time.time(), version, digest, owner, nbytes, origin.tier, origin.load_ms))
 
     def _training_is_due(self) -> bool:
         """While requests and a job both want the device, the job gets its share of the time."""

@@ -8,7 +8,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 from adapterhub.errors import HubError
-from adapterhub.swap.tiers import AdapterRef, Tier
+from adapterhub.swap.ref import AdapterRef, Tier
 
 
 @dataclass(frozen=True)

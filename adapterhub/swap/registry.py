@@ -20,13 +20,13 @@ from adapterhub.swap.block import SUFFIX, Block, block_path, read_block, write_b
 from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.files import remove_partials, sync_directory
 from adapterhub.swap.names import check_name
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 
 migrations = Migrations("adapterhub.swap")
 
 _SELECT = """
     select v.id, v.number, v.digest, v.nbytes, v.rank, v.fingerprint, v.base, v.origin, v.created_at,
-           a.id as adapter, a.owner, a.name, a.current = v.id as current
+           a.id as adapter, a.owner, a.name, a.current = v.id as current, a.pinned
     from versions v join adapters a on a.id = v.adapter
 """
 
@@ -48,6 +48,11 @@ def create_adapters(db: sqlite_utils.Database) -> None:
     db.execute("create index versions_by_digest on versions (digest)")
 
 
+@migrations()
+def add_pins(db: sqlite_utils.Database) -> None:
+    db.execute("alter table adapters add column pinned text")
+
+
 @dataclass(frozen=True)
 class Version:
     """One immutable version, with the adapter it belongs to. `origin` is a job's id, or "import"."""
@@ -65,6 +70,7 @@ class Version:
     owner: str
     name: str
     current: bool
+    pinned: str | None  # "owner" or "admin": who keeps the adapter in memory
 
     @classmethod
     def of(cls, row: Row) -> Version:
@@ -72,7 +78,7 @@ class Version:
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(self.id, self.digest, self.nbytes)
+        return AdapterRef(self.id, self.digest, self.nbytes, self.owner, self.pinned is not None)
 
     @property
     def model(self) -> str:

@@ -12,35 +12,22 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from adapterhub.config import format_bytes
-from adapterhub.errors import HubError, Unavailable, WrongBase
+from adapterhub.errors import HubError, Unavailable
 from adapterhub.swap.allocator import aligned
-from adapterhub.swap.block import BlockMeta, block_path, check_digest, damaged, read_header, read_payload
+from adapterhub.swap.block import BlockMeta
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.layout import Factors, Layout
 from adapterhub.swap.policy import Span, plan_room, plan_shrink
 from adapterhub.swap.pool import Extent, Pool
+from adapterhub.swap.ref import AdapterRef, Tier
 
-
-class Tier(StrEnum):
-    DEVICE = "device"
-    RAM = "ram"
-    DISK = "disk"
-    BASE = "base"  # no adapter at all
-
-
-class AdapterRef(NamedTuple):
-    """Names a version to the engine: plain data, as the registry has it."""
-
-    version: str
-    digest: str
-    nbytes: int
+_TIERS = (Tier.DEVICE, Tier.RAM, Tier.DISK, Tier.REMOTE)
 
 
 @dataclass
@@ -135,7 +122,7 @@ class Arrival(NamedTuple):
 class Counters:
     """Since the start: how often a version was found in each tier, and what moved."""
 
-    hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys((Tier.DEVICE, Tier.RAM, Tier.DISK), 0))
+    hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
     evictions: int = 0
     loaded_bytes: int = 0
 
@@ -146,7 +133,7 @@ class Tiers:
     def __init__(
         self,
         pool: Pool,
-        blobs: Path,
+        disk: DiskTier,
         fingerprint: str,
         layout: Layout,
         *,
@@ -155,7 +142,7 @@ class Tiers:
         wake: Callable[[], None],
     ) -> None:
         self.pool = pool
-        self.blobs = blobs
+        self.disk = disk
         self.fingerprint = fingerprint
         self._layout = layout
         self.ram_bytes = ram_bytes
@@ -164,7 +151,6 @@ class Tiers:
         self._residents: dict[str, Resident] = {}
         self._loading: dict[str, Future[Arrival]] = {}
         self._host: OrderedDict[str, HostBlock] = OrderedDict()  # least recently used first
-        self._verified: set[str] = set()
         self._readers = ThreadPoolExecutor(load_threads, thread_name_prefix="adapterhub-read")
 
     # -- what requests do
@@ -218,7 +204,7 @@ class Tiers:
         resident = self._residents.get(digest)
         if resident is not None and resident.placed is not None:
             return Tier.DEVICE
-        return Tier.RAM if digest in self._host else Tier.DISK
+        return Tier.RAM if digest in self._host else self.disk.tier_of(digest)
 
     def stats(self) -> dict[str, Any]:
         on_device = [r for r in self._residents.values() if r.placed is not None]
@@ -266,7 +252,7 @@ class Tiers:
         if extent is None:
             return None
         host = self._host.get(ref.digest)
-        resident = Resident(ref.digest, extent, Tier.DISK if host is None else Tier.RAM)
+        resident = Resident(ref.digest, extent, self.disk.tier_of(ref.digest) if host is None else Tier.RAM)
         self._residents[ref.digest] = resident
         started = time.perf_counter()
 
@@ -317,30 +303,10 @@ class Tiers:
                 payload = self.pool.view(extent)
             else:
                 payload = torch.empty(extent.numel, dtype=self.pool.dtype, pin_memory=not on_cpu)
-            host = HostBlock(self._read(block_path(self.blobs, ref.digest), ref, payload), payload)
+            host = HostBlock(self.disk.read(ref, payload, self.fingerprint), payload)
         if host.payload.data_ptr() != self.pool.view(extent).data_ptr():
             self.pool.copy_in(extent, host.payload)
         return Arrival(host, Placed(host.meta, self.pool.view(extent), extent.start, self._layout))
-
-    def _read(self, path: Path, ref: AdapterRef, out: torch.Tensor) -> BlockMeta:
-        try:
-            file = path.open("rb", buffering=0)
-        except OSError as error:
-            raise damaged(path, error.strerror or str(error)) from error
-        with file:
-            header = read_header(file, path)
-            if header.meta.fingerprint != self.fingerprint:
-                raise WrongBase(
-                    f"This adapter was made for base {header.meta.fingerprint[:12]}; this server runs base "
-                    f"{self.fingerprint[:12]}. Start the server with the other base, or train the adapter again."
-                )
-            if header.meta.dtype != out.dtype or header.meta.nbytes != ref.nbytes:
-                raise damaged(path, f"it holds {header.meta.nbytes} bytes of {header.meta.dtype}")
-            read_payload(file, path, header, out)
-        if ref.digest not in self._verified:  # once per file and start
-            check_digest(path, header, out, ref.digest)
-            self._verified.add(ref.digest)
-        return header.meta
 
     def _arrive(self, resident: Resident, future: Future[Arrival]) -> None:
         try:
@@ -349,7 +315,7 @@ class Tiers:
             resident.error = error if isinstance(error, HubError) else Unavailable(f"The adapter did not load: {error}")
             self._evict(resident)
             return
-        if resident.found is Tier.DISK:
+        if resident.found is not Tier.RAM:
             self.counters.loaded_bytes += block.meta.nbytes
             if self.ram_bytes > 0 and not resident.condemned:
                 self._keep_in_ram(resident.digest, block)

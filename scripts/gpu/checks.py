@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from adapterhub.base.model import Base, prepare_base
 from adapterhub.errors import HubError
 from adapterhub.swap import peft
-from adapterhub.swap.tiers import AdapterRef
+from adapterhub.swap.ref import AdapterRef
 from adapterhub.train.data import Example
 from adapterhub.train.plan import Plan
 from adapterhub.train.trainer import News, Progress, Trained, Trainer

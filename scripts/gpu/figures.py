@@ -28,7 +28,7 @@ from adapterhub.base.request import Origin, Output, Request, Sampling
 from adapterhub.config import MIB, Config, format_bytes
 from adapterhub.swap.allocator import aligned
 from adapterhub.swap.block import write_block
-from adapterhub.swap.tiers import AdapterRef, Tier
+from adapterhub.swap.ref import AdapterRef, Tier
 from adapterhub.train.data import Example
 from adapterhub.train.plan import Plan
 from adapterhub.train.trainer import News, Progress, Trainer
