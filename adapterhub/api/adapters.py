@@ -6,60 +6,17 @@ import io
 import zipfile
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Form, Response, UploadFile
+from fastapi import APIRouter, Form, Query, Response, UploadFile
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.hub import Hub, TheHub
+from adapterhub.api.hub import TheHub
+from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
 from adapterhub.swap.names import check_name
-from adapterhub.swap.ref import Tier
-from adapterhub.swap.registry import Version
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
-
-
-def adapter_objects(hub: Hub, versions: list[Version]) -> list[dict[str, Any]]:
-    """One object for each adapter, from all of its versions, which come the newest first."""
-    tiers = hub.engine.tiers_of([v.digest for v in versions]).result()
-    grouped: dict[str, list[tuple[Version, Tier]]] = {}
-    for version, tier in zip(versions, tiers, strict=True):
-        grouped.setdefault(version.adapter, []).append((version, tier))
-    return [_adapter_object(pairs) for pairs in grouped.values()]
-
-
-def _adapter_object(pairs: list[tuple[Version, Tier]]) -> dict[str, Any]:
-    current, tier = next((pair for pair in pairs if pair[0].current), pairs[0])
-    return {
-        "id": current.adapter,
-        "object": "adapter",
-        "name": current.name,
-        "owner": current.owner,
-        "model": current.alias,
-        "base": current.base,
-        "current": current.id,
-        "bytes": current.nbytes,
-        "rank": current.rank,
-        "tier": tier,
-        "created_at": min(v.created_at for v, _ in pairs),
-        "versions": [_version_object(v, t) for v, t in pairs],
-    }
-
-
-def _version_object(version: Version, tier: Tier) -> dict[str, Any]:
-    return {
-        "id": version.id,
-        "number": version.number,
-        "model": version.model,
-        "origin": version.origin,
-        "bytes": version.nbytes,
-        "rank": version.rank,
-        "base": version.base,
-        "digest": version.digest,
-        "tier": tier,
-        "created_at": version.created_at,
-    }
 
 
 @router.post("")
@@ -72,7 +29,7 @@ def import_adapter(
     raw = _read(weights, hub.config.max_file_bytes)
     block = peft.encode(parsed, raw, hub.base.layout, hub.base.fingerprint, hub.base.dtype)
     version = hub.registry.publish(caller.owner, name, block, hub.base.name, "import")
-    [shown] = adapter_objects(hub, hub.registry.adapter(caller.owner, version.adapter))
+    [shown] = adapter_objects(hub, [hub.registry.adapter(caller.owner, version.adapter)])
     idle = list(peft.no_effect(block))
     whole = len(idle) == len(block.meta.layout.targets)
     warnings = [f"{'All' if whole else len(idle)} of its modules change nothing: A or B is zero"] if idle else []
@@ -80,13 +37,16 @@ def import_adapter(
 
 
 @router.get("")
-def list_adapters(hub: TheHub, caller: Caller) -> dict[str, Any]:
-    return {"object": "list", "data": adapter_objects(hub, hub.registry.versions(caller.owner)), "has_more": False}
+def index(
+    hub: TheHub, caller: Caller, asked: TheListing, limit: Annotated[int | None, Query(ge=1, le=10_000)] = None
+) -> dict[str, Any]:
+    """The caller's adapters; all of them unless there is a limit."""
+    return list_adapters(hub, caller.owner, asked, limit)
 
 
 @router.get("/{adapter_id}")
 def retrieve(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
-    [shown] = adapter_objects(hub, hub.registry.adapter(caller.owner, adapter_id))
+    [shown] = adapter_objects(hub, [hub.registry.adapter(caller.owner, adapter_id)])
     return shown
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
 
-from fastapi import APIRouter
+from fastapi import APIRouter, Query
 
-from adapterhub.api.adapters import adapter_objects
 from adapterhub.api.auth import Admin
 from adapterhub.api.hub import TheHub
+from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 
@@ -23,9 +23,27 @@ def tiers(hub: TheHub, caller: Admin) -> dict[str, Any]:
 
 
 @router.get("/adapters")
-def adapters(hub: TheHub, caller: Admin) -> dict[str, Any]:
-    """Every owner's adapters."""
-    return {"object": "list", "data": adapter_objects(hub, hub.registry.versions()), "has_more": False}
+def adapters(
+    hub: TheHub,
+    caller: Admin,
+    asked: TheListing,
+    owner: str | None = None,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+) -> dict[str, Any]:
+    """Every owner's adapters, or one owner's."""
+    return list_adapters(hub, owner, asked, limit)
+
+
+@router.get("/adapters/{adapter_id}")
+def retrieve(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
+    [shown] = adapter_objects(hub, [hub.registry.adapter(None, adapter_id)])
+    return shown
+
+
+@router.delete("/adapters/{adapter_id}")
+def delete(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
+    hub.forget(hub.registry.delete_adapter(None, adapter_id))
+    return {"id": adapter_id, "object": "adapter", "deleted": True}
 
 
 @router.post("/adapters/{adapter_id}/evict")

@@ -20,6 +20,7 @@ from adapterhub.base.request import Request as EngineRequest
 from adapterhub.base.text import TextCodec
 from adapterhub.config import Config
 from adapterhub.errors import BadRequest, Unavailable
+from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
 from adapterhub.swap.registry import Registry, Version
 from adapterhub.train.files import FileStore
@@ -48,6 +49,7 @@ class Hub:
         self.keys = KeyStore(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
         self.registry = Registry(self.database, config.blobs_dir, config.disk_bytes)
+        self.catalog = Catalog(self.database, self.registry)
         self.jobs = JobStore(self.database)
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None

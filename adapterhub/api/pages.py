@@ -19,11 +19,16 @@ def page(items: Sequence[dict[str, Any]], after: str | None, limit: int) -> dict
         if after not in ids:
             raise BadRequest(f"There is no item {after[:80]!r} to go on after.", param="after")
         items = items[ids.index(after) + 1 :]
-    shown = list(items[:limit])
+    return listed(items[:limit], len(items) > limit)
+
+
+def listed(shown: Sequence[dict[str, Any]], has_more: bool, **more: Any) -> dict[str, Any]:
+    """The list object of the items of one page."""
     return {
         "object": "list",
-        "data": shown,
-        "has_more": len(items) > limit,
+        "data": list(shown),
+        "has_more": has_more,
         "first_id": shown[0]["id"] if shown else None,
         "last_id": shown[-1]["id"] if shown else None,
+        **more,
     }

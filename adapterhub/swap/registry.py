@@ -7,7 +7,9 @@ at most files that no row names; `clean_up` removes those at the next start.
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,7 +80,7 @@ class Version:
 
     @property
     def ref(self) -> AdapterRef:
-        return AdapterRef(self.id, self.digest, self.nbytes, self.owner, self.pinned is not None)
+        return AdapterRef(self.id, self.digest, self.nbytes, self.owner, self.current and self.pinned is not None)
 
     @property
     def model(self) -> str:
@@ -160,12 +162,17 @@ class Registry:
         """All versions of an adapter, by its id, the newest first; any owner's with `owner` None. Raises NotFound."""
         found = self._all("a.id = ? and (? is null or a.owner = ?)", (adapter, owner, owner))
         if not found:
-            raise NotFound(f"You have no adapter {adapter[:80]!r}. `GET /v1/adapters` lists yours.", param="id")
+            whose, route = ("There is", "/admin/adapters") if owner is None else ("You have", "/v1/adapters")
+            raise NotFound(f"{whose} no adapter {adapter[:80]!r}. `GET {route}` lists them.", param="id")
         return found
 
     def versions(self, owner: str | None = None) -> list[Version]:
         """Every version of `owner`'s, or of all owners', by adapter, the newest first."""
         return self._all("? is null or a.owner = ?", (owner, owner))
+
+    def adapters(self, adapters: Sequence[str]) -> list[Version]:
+        """Every version of the adapters with those ids, by adapter, the newest first."""
+        return self._all("a.id in (select value from json_each(?))", (json.dumps(adapters),))
 
     def of_origin(self, owner: str, origin: str) -> Version | None:
         """What a job has published, if it has."""
@@ -175,8 +182,9 @@ class Registry:
         """The version's block file, whole and checked. Raises BlockDamaged."""
         return read_block(block_path(self._blobs, version.digest))
 
-    def delete_adapter(self, owner: str, adapter: str) -> list[Version]:
-        """Removes an adapter with all its versions; returns what they were. Raises NotFound."""
+    def delete_adapter(self, owner: str | None, adapter: str) -> list[Version]:
+        """Removes an adapter with all its versions, any owner's with `owner` None; returns what they were. Raises
+        NotFound."""
         with self._files:
             gone = self.adapter(owner, adapter)
             with self._database.transaction() as db:
