@@ -81,5 +81,9 @@ class Config:
         return self.data_dir / "uploads"
 
     @property
+    def trace_dir(self) -> Path:
+        return self.data_dir / "trace"
+
+    @property
     def admin_key_file(self) -> Path:
         return self.data_dir / "admin.key"

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
 import numpy as np
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ from adapterhub.swap import generate
 from adapterhub.swap.generate import Shape
 from adapterhub.swap.ref import Use
 from adapterhub.swap.trace import Recorder, Trace, erase_owner, read_trace
-from tests.serving import eventually
+from tests.serving import BASE, PeftFiles, eventually, process
 from tests.uses import use
 
 
@@ -315,3 +316,34 @@ def test_a_generated_trace_has_the_ranks_in_turn_and_the_rate_it_is_meant_to_hav
     assert len({a.digest for a in trace.adapters}) == len({a.owner for a in trace.adapters}) == 10
     assert (np.diff(trace.time) >= 0).all()
     assert len(trace) / trace.time[-1] == pytest.approx(generate.RATE, rel=0.1)
+
+
+# -- a server's own
+
+
+def test_a_server_records_each_answer_s_adapter_and_goes_on_after_kill_9(
+    base_directory: Path, adapter: PeftFiles, tmp_path: Path
+) -> None:
+    directory = tmp_path / "data"
+
+    def seen() -> list[tuple[str, str, str]]:
+        return [(use.version, use.owner, use.tier) for use in recorded(directory / "trace")]
+
+    with process(base_directory, directory) as server:
+        user = server.start().user("ann")
+        imported = user.import_adapter(adapter, "mine")
+        version = imported["current"]
+        user.ask(imported["model"])
+        user.ask(imported["model"])
+        user.ask(BASE)
+        first = [(version, "ann", "disk"), (version, "ann", "device")]
+        eventually(lambda: seen() == first)
+        [nbytes] = {use.nbytes for use in recorded(directory / "trace")}
+        assert nbytes == imported["bytes"]
+        server.kill()
+        again = server.start().user("ann", user.key)
+        again.ask(imported["model"])
+        eventually(lambda: seen() == [*first, (version, "ann", "disk")])
+        admin = {"Authorization": f"Bearer {(directory / 'admin.key').read_text().strip()}"}
+        told = httpx.get(f"{server.url}/admin/tiers", headers=admin).json()["trace"]
+        assert (told["recorded"], told["dropped"], told["paused"]) == (1, 0, False)

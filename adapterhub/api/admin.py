@@ -19,7 +19,7 @@ def tiers(hub: TheHub, caller: Admin) -> dict[str, Any]:
     stats = hub.engine.stats().result()
     stats["tiers"]["disk"] |= {"budget_bytes": hub.config.disk_bytes, "used_bytes": hub.registry.disk_used()}
     base = {"name": hub.base.name, "fingerprint": hub.base.fingerprint, "bytes": hub.base.nbytes}
-    return {"base": {**base, "device": str(hub.base.device)}, **stats}
+    return {"base": {**base, "device": str(hub.base.device)}, **stats, "trace": hub.trace.stats()}
 
 
 @router.get("/adapters")

@@ -23,6 +23,7 @@ from adapterhub.errors import BadRequest, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
 from adapterhub.swap.registry import Registry, Version
+from adapterhub.swap.trace import Recorder
 from adapterhub.train.files import FileStore
 from adapterhub.train.jobs import JobStore
 from adapterhub.train.worker import Worker
@@ -53,7 +54,8 @@ class Hub:
         self.jobs = JobStore(self.database)
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
-        self.engine = Engine(base, config, self._deliver)
+        self.trace = Recorder(config.trace_dir)
+        self.engine = Engine(base, config, self._deliver, on_use=self.trace.record)
         self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
 
     def start(self) -> None:
@@ -63,12 +65,14 @@ class Hub:
         if removed:
             log.info("removed %d files that an interrupted write had left", removed)
         self._make_admin_key()
+        self.trace.start()
         self.engine.start()
         self.worker.start()
 
     def stop(self) -> None:
         self.worker.stop()
         self.engine.stop()
+        self.trace.close()
         self.database.close()
         os.close(self._lock)
 
