@@ -23,7 +23,7 @@ def run(setting: Setting) -> list[Figure]:
         adapters = import_adapters(running, max(STREAMS))
         models = [a["model"] for a in adapters]
         load = Load(running.url, running.key)
-        base_bytes = running.client.get("/admin/tiers").json()["base"]["bytes"]
+        base_bytes = running.tiers()["base"]["bytes"]
         bandwidth = memory_bandwidth()
         for streams in STREAMS:
             alone = 0.0

@@ -8,6 +8,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import httpx
@@ -25,6 +26,7 @@ class Answer:
     whole: float
     tokens: int
     tier: str = ""
+    gaps: tuple[float, ...] = ()  # seconds between one piece of text and the next
 
     @property
     def per_token(self) -> float:
@@ -61,14 +63,17 @@ class Load:
         """`count` rounds after one to warm up; stream i asks for models[i % len(models)]."""
 
         async def run() -> list[Round]:
-            async with httpx.AsyncClient(**self._options) as client:
+            async with self.connect() as client:
                 return [await self._round(client, models, streams, tokens) for _ in range(count + 1)]
 
         return asyncio.run(run())[1:]
 
+    def connect(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**self._options)
+
     def one(self, model: str, tokens: int, prompt: Any) -> Answer:
         async def run() -> Answer:
-            async with httpx.AsyncClient(**self._options) as client:
+            async with self.connect() as client:
                 return await complete(client, model, tokens, prompt)
 
         return asyncio.run(run())
@@ -93,7 +98,8 @@ async def complete(client: httpx.AsyncClient, model: str, tokens: int, prompt: A
         "stream_options": {"include_usage": True},
     }
     started = time.perf_counter()
-    first, produced = None, 0
+    times: list[float] = []
+    produced = 0
     async with client.stream("POST", "/v1/completions", json=body) as answer:
         if answer.status_code != 200:
             raise SystemExit(f"{model}: {answer.status_code} {(await answer.aread())[:300]!r}")
@@ -103,9 +109,10 @@ async def complete(client: httpx.AsyncClient, model: str, tokens: int, prompt: A
             chunk = json.loads(line[6:])
             if "error" in chunk:
                 raise SystemExit(f"{model}: {chunk['error']}")
-            if chunk["choices"] and first is None:
-                first = time.perf_counter() - started
+            if chunk["choices"]:
+                times.append(time.perf_counter())
             if chunk.get("usage"):
                 produced = chunk["usage"]["completion_tokens"]
         tier = answer.headers.get("x-adapterhub-tier", "")
-    return Answer(first or 0.0, time.perf_counter() - started, produced, tier)
+    gaps = tuple(after - before for before, after in pairwise(times))
+    return Answer(times[0] - started, time.perf_counter() - started, produced, tier, gaps)

@@ -16,7 +16,7 @@ def run(_: Setting) -> list[Figure]:
         empty = running.resident_mib()
         adapters = import_adapters(running, ADAPTERS)
         Load(running.url, running.key).rounds([a["model"] for a in adapters], ADAPTERS, 16, 1)
-        on_device = running.client.get("/admin/tiers").json()["tiers"]["device"]["adapters"]
+        on_device = running.tiers()["tiers"]["device"]["adapters"]
         if on_device != ADAPTERS:
             raise SystemExit(f"{on_device} adapters are on the device, not {ADAPTERS}")
         full = running.resident_mib()

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -22,7 +22,7 @@ import httpx
 import torch
 from safetensors.torch import save
 
-from adapterhub.base.model import load_base
+from adapterhub.base.model import Base, load_base
 from adapterhub.config import Config
 from adapterhub.swap.layout import Layout
 
@@ -39,6 +39,7 @@ class Server:
     process: subprocess.Popen[str]
     client: httpx.Client
     key: str
+    data: Path
     start_seconds: float
 
     @property
@@ -53,14 +54,20 @@ class Server:
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+) kB", status)[0]) / 1024
 
-    def evict(self, adapter: dict[str, Any]) -> None:
-        self.client.post(f"/admin/adapters/{adapter['id']}/evict").raise_for_status()
+    def evict(self, adapter: str) -> None:
+        """Off the device and out of RAM, by the adapter's id."""
+        self.client.post(f"/admin/adapters/{adapter}/evict").raise_for_status()
+
+    def tiers(self) -> dict[str, Any]:
+        return self.client.get("/admin/tiers").raise_for_status().json()
 
 
 @contextmanager
-def server(*options: str) -> Iterator[Server]:
-    """A server on fresh data and a free port; ended when the block ends."""
+def server(*options: str, prepare: Callable[[Path], None] = lambda data: None) -> Iterator[Server]:
+    """A server on fresh data and a free port; ended when the block ends. `prepare` may fill its data directory before
+    it starts."""
     data = Path(tempfile.mkdtemp(prefix="adapterhub-bench-"))
+    prepare(data)
     started = time.perf_counter()
     command = [str(COMMAND), "serve", "--port", "0", "--data-dir", str(data), *options]
     with (data / "server.log").open("w") as log:
@@ -74,7 +81,7 @@ def server(*options: str) -> Iterator[Server]:
         watchdog.cancel()
         key = (data / "admin.key").read_text().strip()
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600) as client:
-            yield Server(process, client, key, seconds)
+            yield Server(process, client, key, data, seconds)
     finally:
         watchdog.cancel()
         process.send_signal(signal.SIGINT)
@@ -91,21 +98,26 @@ def _announced(process: subprocess.Popen[str], log: Path) -> str:
 
 
 @cache
-def layout() -> Layout:
-    return load_base(Config(data_dir=Path("unused"), device="cpu")).layout
+def base() -> Base:
+    return load_base(Config(data_dir=Path("unused"), device="cpu"))
+
+
+def chosen(targets: Sequence[str]) -> Layout:
+    """The base's linears of these names; all, with none."""
+    return Layout(tuple(t for t in base().layout.targets if not targets or t.name.rpartition(".")[2] in targets))
 
 
 def peft_files(seed: int, rank: int = RANK, targets: Sequence[str] = ()) -> dict[str, bytes]:
     """A random PEFT adapter on the linears of these names (all, with none), with an effect of its own."""
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
-    chosen = [t for t in layout().targets if not targets or t.name.rpartition(".")[2] in targets]
-    for target in chosen:
+    layout = chosen(targets)
+    for target in layout.targets:
         prefix = f"base_model.model.{target.name}"
         a = torch.randn(rank, target.n_in, generator=generator) / target.n_in**0.5
         b = torch.randn(target.n_out, rank, generator=generator) * 0.01
         tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = a.bfloat16(), b.bfloat16()
-    names = sorted({t.name.rpartition(".")[2] for t in chosen})
+    names = sorted({t.name.rpartition(".")[2] for t in layout.targets})
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank, "target_modules": names}
     return {"config": json.dumps(config).encode(), "weights": save(tensors, metadata={"format": "pt"})}
 
