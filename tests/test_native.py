@@ -212,12 +212,16 @@ def test_the_whole_team_works_on_every_step() -> None:
         torch.set_num_threads(torch_threads)
     [member] = threads() - others
     rows = batch(kv, [16] * 8, [60] * 8, [None] * 8)
+    shares = []
     with torch.no_grad():
-        decoder.logits(rows, torch.arange(128))
-        began, caller = member.cpu_seconds(), time.thread_time()
-        for _ in range(50):
-            decoder.logits(rows, torch.arange(128))
-    assert member.cpu_seconds() - began > 0.1 * (time.thread_time() - caller)
+        for _ in range(100):  # where the machine has other work, it is a while until both have a core to themselves
+            began, caller = member.cpu_seconds(), time.thread_time()
+            for _ in range(20):
+                decoder.logits(rows, torch.arange(128))
+            shares.append((member.cpu_seconds() - began) / (time.thread_time() - caller))
+            if shares[-1] > 0.2:
+                return
+    pytest.fail(f"it did nothing: {shares}")
 
 
 @dataclass(frozen=True)

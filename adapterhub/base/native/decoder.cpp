@@ -219,18 +219,21 @@ class Walk {
   }
 
   // Adds the adapters' deltas of `count` linears that read the same x and write side by side into y [tokens, width].
+  // Where there are adapters enough for everybody, one member does all of an adapter's linears: they lie side by side.
   void lora(const int* targets, const int* widths, int count, const bf16* x, int n_in, float* y, int width) {
-    if (s_.chunks.empty()) return;
-    each(static_cast<int>(s_.chunks.size()) * count, [&](int i) {
-      const Chunk& chunk = s_.chunks[i / count];
-      const int j = i % count;
-      const int64_t offset = chunk.segment.offsets[targets[j]];
-      if (offset < 0) return;
+    const int chunks = static_cast<int>(s_.chunks.size());
+    if (chunks == 0) return;
+    const int at_once = chunks >= 2 * s_.decoder.threads ? count : 1;
+    each(chunks * count / at_once, [&](int i) {
+      const Chunk& chunk = s_.chunks[i * at_once / count];
+      const int first = i * at_once % count;
       int column = 0;
-      for (int k = 0; k < j; ++k) column += widths[k];
-      for (int t = chunk.start; t < chunk.end; ++t)
-        lora_row(isa_, b_.pool, offset, chunk.segment.rank, x + at(t, n_in), n_in, y + at(t, width) + column,
-                 widths[j]);
+      for (int j = 0; j < first + at_once; column += widths[j++]) {
+        const int64_t offset = chunk.segment.offsets[targets[j]];
+        if (j >= first && offset >= 0)
+          lora_rows(isa_, b_.pool, offset, chunk.segment.rank, x + at(chunk.start, n_in), n_in,
+                    chunk.end - chunk.start, y + at(chunk.start, width) + column, width, widths[j]);
+      }
     });
   }
 
@@ -340,9 +343,9 @@ void adapterhub_lora(int isa, const bf16* pool, const Segment* segments, int num
   for (int i = 0; i < num_segments; ++i) {
     const Segment& s = segments[i];
     const int64_t offset = s.offsets[target];
-    for (int t = s.start; offset >= 0 && t < s.end; ++t)
-      lora_row(static_cast<Isa>(isa), pool, offset, s.rank, x + static_cast<size_t>(t) * n_in, n_in,
-               y + static_cast<size_t>(t) * n_out, n_out);
+    if (offset >= 0)
+      lora_rows(static_cast<Isa>(isa), pool, offset, s.rank, x + static_cast<size_t>(s.start) * n_in, n_in,
+                s.end - s.start, y + static_cast<size_t>(s.start) * n_out, n_out, n_out);
   }
 }
 
