@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from adapterhub.swap.allocator import ExtentAllocator
+from adapterhub.swap.memory import streaming_memory
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,10 @@ class Pool:
         self.allocator = ExtentAllocator(capacity)
         self.dtype = dtype
         self.device = device
-        self.tensor = torch.empty(self.allocator.capacity // dtype.itemsize, dtype=dtype, device=device)
+        if device.type == "cpu":
+            self.tensor = streaming_memory(self.allocator.capacity).view(dtype)
+        else:
+            self.tensor = torch.empty(self.allocator.capacity // dtype.itemsize, dtype=dtype, device=device)
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def allocate(self, numel: int) -> Extent | None:
