@@ -16,7 +16,7 @@ LAYERS = ["core", "swap", "base", "train", "api", "cli"]  # a lower one never im
 # What each layer may import besides the standard library and those below it.
 PACKAGES = {
     "core": set(),
-    "swap": {"numpy", "regex", "safetensors", "sqlite_utils", "torch"},
+    "swap": {"fsspec", "numpy", "regex", "safetensors", "sortedcontainers", "sqlite_utils", "torch"},
     "base": {"jinja2", "numpy", "tokenizers", "torch", "transformers"},
     "train": {"sqlite_utils", "torch"},
 }
