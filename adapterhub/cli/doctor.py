@@ -9,14 +9,17 @@ import shutil
 import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 from rich.table import Table
 
 from adapterhub.cli.client import Json, console
 from adapterhub.config import Config, cache_dir, default_data_dir, format_bytes
-from adapterhub.errors import BlockDamaged, HubError
+from adapterhub.errors import BadRequest, HubError
+
+if TYPE_CHECKING:
+    from adapterhub.swap.repair import Report
 
 
 class Finding(NamedTuple):
@@ -27,11 +30,16 @@ class Finding(NamedTuple):
 
 def doctor(
     data_dir: Annotated[Path, typer.Option(help="The server's data directory.")] = default_data_dir(),  # noqa: B008
+    store: Annotated[str | None, typer.Option(help="The object store that the server is started with.")] = None,
+    repair: Annotated[
+        bool,
+        typer.Option("--repair", help="Mend what can be mended, and remove what nobody owns. Stop the server first."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Check the installation, the device, the base and the stored data. Changes nothing."""
-    config = Config(data_dir=data_dir.expanduser().resolve())
-    findings = [*_installation(), *_stored(config)]
+    """Check the installation, the device, the base and the stored data. Changes nothing without --repair."""
+    config = Config(data_dir=data_dir.expanduser().resolve(), store=store)
+    findings = [*_installation(), *_stored(config, repair)]
     if as_json:
         print(json.dumps([f._asdict() for f in findings], indent=2))
     else:
@@ -63,13 +71,13 @@ def _embedded() -> str:
     return f"converted, in {converted}" if converted.exists() else f"not converted yet; from {find_gguf()}"
 
 
-def _stored(config: Config) -> Iterator[Finding]:
+def _stored(config: Config, repairs: bool) -> Iterator[Finding]:
     if not config.database.exists():
         yield Finding("data", True, f"{config.data_dir} holds no server's data yet")
         return
     yield Finding("disk", True, f"{format_bytes(shutil.disk_usage(config.data_dir).free)} free in {config.data_dir}")
     yield _try("database", lambda: _check_database(config))
-    yield _try("block files", lambda: _check_blocks(config))
+    yield _try("block files", lambda: _repair_blocks(config) if repairs else _check_blocks(config))
 
 
 def _check_database(config: Config) -> str:
@@ -86,25 +94,49 @@ def _check_database(config: Config) -> str:
 
 
 def _check_blocks(config: Config) -> str:
-    from adapterhub.swap.block import block_path
     from adapterhub.swap.database import Database
-    from adapterhub.swap.registry import Registry
+    from adapterhub.swap.repair import inspect
 
     database = Database(config.database)
     try:
-        registry = Registry(database, config.blobs_dir, config.disk_bytes)
-        versions, damaged = registry.versions(), []
-        for version in versions:
-            try:
-                registry.block(version)
-            except BlockDamaged as error:
-                path = block_path(config.blobs_dir, version.digest)
-                damaged.append(f"{version.alias}, version {version.number}, in {path}: {error}")
-        if damaged:
-            raise HubError("\n".join(damaged))
-        return f"{len(versions)} version(s), every digest right"
+        return _told(inspect(database, config.blobs_dir, config.store, config.data_dir))
     finally:
         database.close()
+
+
+def _repair_blocks(config: Config) -> str:
+    from adapterhub.swap.database import Database
+    from adapterhub.swap.files import lock_directory
+    from adapterhub.swap.repair import repair
+
+    lock = lock_directory(config.data_dir)
+    if lock is None:
+        raise BadRequest(f"A server is using {config.data_dir}. Stop it before you repair what it keeps there.")
+    database = Database(config.database)
+    try:
+        return _told(repair(database, config.blobs_dir, config.store, config.data_dir))
+    finally:
+        database.close()
+        os.close(lock)
+
+
+def _told(report: Report) -> str:
+    """Raises HubError with all of it when something is wrong."""
+    lines = [str(fault) for fault in report.faults]
+    for url, count in report.unseen.items():
+        lines.append(f"{count} version(s) lie in {url} alone: give --store {url} to look at them")
+    good = report.versions - len(report.faults) - sum(report.unseen.values())
+    lines.append(f"{good} of {report.versions} version(s) whole, every digest right")
+    if report.in_store:
+        lines.append(f"{report.in_store} of them in the store alone, whose bytes are checked when they are fetched")
+    if report.unnamed:
+        lines.append(f"{report.unnamed} object(s) in the store that no version names: --repair removes them")
+    lines += [f"mended: {name}" for name in report.mended]
+    if report.removed:
+        lines.append(f"removed {report.removed} file(s) that no version names")
+    if report.faults:
+        raise HubError("\n".join(lines))
+    return "\n".join(lines)
 
 
 def _try(check: str, look: Callable[[], str]) -> Finding:

@@ -40,6 +40,10 @@ def serve(
     device_bytes: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
     ram_bytes: Annotated[str | None, typer.Option(help="Budget of the host RAM tier.")] = None,
     disk_bytes: Annotated[str | None, typer.Option(help="Budget of the block files on disk.")] = None,
+    store: Annotated[
+        str | None,
+        typer.Option(help="Keep adapters in this object store, as in s3://BUCKET/PREFIX; the disk caches them."),
+    ] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="Budget of the KV cache.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = Config.max_batch,
 ) -> None:
@@ -54,6 +58,7 @@ def serve(
         "dtype": dtype,
         "quantize": quantize,
         "max_batch": max_batch,
+        "store": store,
         "device_bytes": _size(device_bytes),
         "ram_bytes": _size(ram_bytes),
         "kv_bytes": _size(kv_bytes),
@@ -128,6 +133,7 @@ def _announce(console: Console, app: Any, config: Config, port: int) -> None:
             f"{format_bytes(config.disk_bytes)}, KV {format_bytes(budgets.kv)} ({hub.engine.kv.capacity} tokens)",
         ),
         ("data", str(config.data_dir)),
+        *([("store", config.store)] if config.store else []),
         ("admin key", str(config.admin_key_file)),
     ):
         table.add_row(f"[bold]{name}[/bold]", str(value))

@@ -34,6 +34,7 @@ PAGE = 4096
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 32 * 1024**2
+_CHUNK = 1024**2
 
 
 @dataclass(frozen=True)
@@ -119,6 +120,12 @@ def write_block(block: Block, directory: Path) -> Path:
     Raises StorageFull when there is no room; nothing is left behind then.
     """
     path = block_path(directory, block.digest)
+    write_durably(path, *block_chunks(block))
+    return path
+
+
+def block_chunks(block: Block) -> tuple[bytes | memoryview, ...]:
+    """What a block's file consists of, one after the other."""
     payload, source = _bytes(block.payload), block.source_bytes
     tensors: dict[str, Any] = {
         "block": {
@@ -138,8 +145,7 @@ def write_block(block: Block, directory: Path) -> Path:
     }
     header = json.dumps({"__metadata__": metadata, **tensors}).encode()
     header += b" " * (-(8 + len(header)) % PAGE)
-    write_durably(path, len(header).to_bytes(8, "little"), header, payload, source)
-    return path
+    return len(header).to_bytes(8, "little"), header, payload, source
 
 
 def block_path(directory: Path, digest: str) -> Path:
@@ -186,7 +192,7 @@ def check_digest(path: Path, header: BlockHeader, payload: torch.Tensor, named: 
     """Raises BlockDamaged unless the numbers are the ones that the file's name and header promise."""
     found = _digest(header.meta, payload, header.source_digest)
     if not found == header.digest == named:
-        raise damaged(path, f"its digest is {found[:12]}, not {named[:12]}")
+        raise _other_digest(path, found)
 
 
 def read_block(path: Path) -> Block:
@@ -196,18 +202,42 @@ def read_block(path: Path) -> Block:
     except OSError as error:
         raise damaged(path, error.strerror or str(error)) from error
     with file:
-        header = read_header(file, path)
-        payload = torch.empty(header.meta.layout.numel(header.meta.rank), dtype=header.meta.dtype)
-        read_payload(file, path, header, payload)
-        check_digest(path, header, payload, path.stem)
-        source = None
-        if header.source_at is not None:
-            file.seek(header.source_at)
-            stored = file.read()
-            if hashlib.sha256(stored).hexdigest() != header.source_digest:
-                raise damaged(path, "the tensors it was imported from do not match their digest")
-            source = load_safetensors(stored)
+        return read_open_block(file, path)
+
+
+def read_open_block(file: BinaryIO, path: Path) -> Block:
+    """`read_block` of a file that is open already, `path` being its name."""
+    header = read_header(file, path)
+    payload = torch.empty(header.meta.layout.numel(header.meta.rank), dtype=header.meta.dtype)
+    read_payload(file, path, header, payload)
+    check_digest(path, header, payload, path.stem)
+    source = None
+    if header.source_at is not None:
+        file.seek(header.source_at)
+        stored = file.read()
+        if hashlib.sha256(stored).hexdigest() != header.source_digest:
+            raise _other_source(path)
+        source = load_safetensors(stored)
     return Block(header.meta, payload, source)
+
+
+def verify_block(file: BinaryIO, path: Path) -> None:
+    """Raises BlockDamaged unless all of an open file is what its name, `path`, promises; holds little of it at once."""
+    header = read_header(file, path)
+    digest = _start_digest(header.meta, header.source_digest)
+    file.seek(header.payload_at)
+    left = header.meta.nbytes
+    while left and (chunk := file.read(min(left, _CHUNK))):
+        digest.update(chunk)
+        left -= len(chunk)
+    if not digest.hexdigest() == header.digest == path.stem:
+        raise _other_digest(path, digest.hexdigest())
+    if header.source_at is not None:
+        source = hashlib.sha256()
+        while chunk := file.read(_CHUNK):
+            source.update(chunk)
+        if source.hexdigest() != header.source_digest:
+            raise _other_source(path)
 
 
 def damaged(path: Path, reason: str) -> BlockDamaged:
@@ -222,7 +252,19 @@ def _bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
+def _other_digest(path: Path, found: str) -> BlockDamaged:
+    return damaged(path, f"its digest is {found[:12]}, not {path.stem[:12]}")
+
+
+def _other_source(path: Path) -> BlockDamaged:
+    return damaged(path, "the tensors it was imported from do not match their digest")
+
+
 def _digest(meta: BlockMeta, payload: torch.Tensor, source_digest: str) -> str:
-    digest = hashlib.sha256(f"{meta.json}\n{source_digest}\n".encode())
+    digest = _start_digest(meta, source_digest)
     digest.update(_bytes(payload))
     return digest.hexdigest()
+
+
+def _start_digest(meta: BlockMeta, source_digest: str) -> hashlib._Hash:
+    return hashlib.sha256(f"{meta.json}\n{source_digest}\n".encode())

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import secrets
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import BinaryIO
 
 from adapterhub.errors import StorageFull
 
 PARTIAL = ".partial"
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}  # what a disk, a quota or a file system's limit says
 
 
 def write_durably(path: Path, *chunks: bytes | memoryview) -> None:
@@ -25,25 +26,49 @@ def write_durably(path: Path, *chunks: bytes | memoryview) -> None:
 
 def stream_durably(path: Path, chunks: Iterable[bytes | memoryview]) -> int:
     """`write_durably` for an iterable; returns the number of bytes."""
-    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     total = 0
+    with becoming(path) as partial, partial.open("xb") as file:
+        for chunk in chunks:
+            file.write(chunk)
+            total += len(chunk)
+    return total
+
+
+@contextmanager
+def becoming(path: Path) -> Iterator[Path]:
+    """A name to write under, beside `path`. At the end of the block the file is synced and renamed to `path`; if the
+    block raises, nothing is left behind.
+
+    Raises StorageFull when the disk or a quota is full.
+    """
+    partial = path.with_name(f"{path.name}.{secrets.token_hex(4)}{PARTIAL}")
     try:
-        with partial.open("xb") as file:
-            for chunk in chunks:
-                file.write(chunk)
-                total += len(chunk)
-            _sync(file)
+        yield partial
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
         partial.rename(path)
         sync_directory(path.parent)
     except BaseException as error:
         partial.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno in _FULL:
+        if isinstance(error, OSError) and error.errno in FULL:
             raise StorageFull(
-                f"There is no room on the server's disk for another {total} bytes. Delete what you no longer need, or "
-                "ask the operator for more space; nothing was stored."
+                "There is no room on the server's disk. Delete what you no longer need, or ask the operator for more "
+                "space; nothing was stored."
             ) from error
         raise
-    return total
+
+
+def lock_directory(path: Path) -> int | None:
+    """Takes the lock of a data directory, which its server holds while it runs: a descriptor, whose closing gives the
+    lock back. None when another process has it."""
+    path.mkdir(parents=True, exist_ok=True, mode=0o700)
+    lock = os.open(path / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    return lock
 
 
 def remove_partials(directory: Path) -> int:
@@ -61,8 +86,3 @@ def sync_directory(directory: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())

@@ -1,29 +1,30 @@
 """The registry: which adapters there are, whose they are, and which immutable version each name points at.
 
-A block file is written before a row names it, and a row goes before its file does, so that a kill at any moment leaves
-at most files that no row names; `clean_up` removes those at the next start.
+A block is on the disk, and in the store where there is one, before a row names it, and its row goes before it does, so
+that a kill at any moment leaves at most blocks that no row names. At the next start `clean_up` removes those from the
+disk, and `Mirror` from the store.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
-import threading
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import sqlite_utils
 from sqlite_utils import Migrations
 
-from adapterhub.config import format_bytes
-from adapterhub.errors import NotFound, StorageFull
-from adapterhub.swap.block import SUFFIX, Block, block_path, read_block, write_block
+from adapterhub.errors import NotFound
+from adapterhub.swap.blobs import Named
+from adapterhub.swap.block import Block
 from adapterhub.swap.database import Database, Row, new_id, now
-from adapterhub.swap.files import remove_partials, sync_directory
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.names import check_name
+from adapterhub.swap.objects import Objects, State
 from adapterhub.swap.ref import AdapterRef
 
+log = logging.getLogger(__name__)
 migrations = Migrations("adapterhub.swap")
 
 _SELECT = """
@@ -94,54 +95,63 @@ class Version:
 
 
 class Registry:
-    """Safe to use from any thread. `disk_bytes` bounds the block files in all."""
+    """Safe to use from any thread."""
 
-    def __init__(self, database: Database, blobs: Path, disk_bytes: int) -> None:
-        blobs.mkdir(parents=True, exist_ok=True, mode=0o700)
+    def __init__(self, database: Database, disk: DiskTier) -> None:
         database.migrate(migrations)
         self._database = database
-        self._blobs = blobs
-        self._disk_bytes = disk_bytes
-        self._files = threading.Lock()  # between a file and the rows that name it
+        self._disk = disk
+        self.objects = Objects(database, disk.store.url if disk.store else None)
 
     def publish(self, owner: str, name: str, block: Block, base: str, origin: str) -> Version:
         """Stores `block` as the next version of `owner`'s adapter `name`, and points the name at it.
 
-        Raises StorageFull when the disk or the budget is full; the name then stays as it was.
+        Raises StorageFull when the disk, its budget or the store is full, and Unavailable when the store does not
+        answer; the name then stays as it was.
         """
         check_name(name, "name")
-        with self._files:
-            used, needed = self.disk_used(), block.meta.nbytes + len(block.source_bytes)
-            if used + needed > self._disk_bytes:
-                raise StorageFull(
-                    f"Of {format_bytes(self._disk_bytes)} for adapters {format_bytes(used)} are in use, and "
-                    f"this one needs {format_bytes(needed)}. Delete adapters, or raise --disk-bytes."
+        with self._disk.holding(block.digest):
+            try:
+                return self._publish(owner, name, block, base, origin)
+            except BaseException:
+                self._remove_unnamed(block.digest)
+                self.objects.to_do.set()
+                raise
+
+    def _publish(self, owner: str, name: str, block: Block, base: str, origin: str) -> Version:
+        in_store = self._disk.store is not None
+        if in_store:
+            self.objects.set(block.digest, State.UPLOADING)
+        self._disk.write(block, owner)
+        if in_store:
+            self._disk.upload(block.digest)
+        with self._database.transaction() as db:
+            row = self._database.row("select id from adapters where owner = ? and name = ?", (owner, name))
+            adapter = row["id"] if row else new_id("adapter")
+            if row is None:
+                db.table("adapters").insert(
+                    {"id": adapter, "owner": owner, "name": name, "current": None, "created_at": now()}
                 )
-            write_block(block, self._blobs)
-            with self._database.transaction() as db:
-                row = self._database.row("select id from adapters where owner = ? and name = ?", (owner, name))
-                adapter = row["id"] if row else new_id("adapter")
-                if row is None:
-                    db.table("adapters").insert(
-                        {"id": adapter, "owner": owner, "name": name, "current": None, "created_at": now()}
-                    )
-                last = self._database.row("select max(number) as n from versions where adapter = ?", (adapter,))
-                version = new_id("v").removeprefix("v-")[:12]
-                db.table("versions").insert(
-                    {
-                        "id": version,
-                        "adapter": adapter,
-                        "number": ((last or {})["n"] or 0) + 1,
-                        "digest": block.digest,
-                        "nbytes": block.meta.nbytes,
-                        "rank": block.meta.rank,
-                        "fingerprint": block.meta.fingerprint,
-                        "base": base,
-                        "origin": origin,
-                        "created_at": now(),
-                    }
-                )
-                db.table("adapters").update(adapter, {"current": version})
+            last = self._database.row("select max(number) as n from versions where adapter = ?", (adapter,))
+            version = new_id("v").removeprefix("v-")[:12]
+            db.table("versions").insert(
+                {
+                    "id": version,
+                    "adapter": adapter,
+                    "number": ((last or {})["n"] or 0) + 1,
+                    "digest": block.digest,
+                    "nbytes": block.meta.nbytes,
+                    "rank": block.meta.rank,
+                    "fingerprint": block.meta.fingerprint,
+                    "base": base,
+                    "origin": origin,
+                    "created_at": now(),
+                }
+            )
+            db.table("adapters").update(adapter, {"current": version})
+            if in_store:
+                self.objects.set(block.digest, State.STORED)
+        self._disk.files.settle([Named(block.digest, owner, safe=in_store)])
         return self.version(owner, version)
 
     def resolve(self, owner: str, model: str) -> Version | None:
@@ -168,7 +178,7 @@ class Registry:
 
     def versions(self, owner: str | None = None) -> list[Version]:
         """Every version of `owner`'s, or of all owners', by adapter, the newest first."""
-        return self._all("? is null or a.owner = ?", (owner, owner))
+        return self._all("true", ()) if owner is None else self._all("a.owner = ?", (owner,))
 
     def adapters(self, adapters: Sequence[str]) -> list[Version]:
         """Every version of the adapters with those ids, by adapter, the newest first."""
@@ -179,57 +189,75 @@ class Registry:
         return self._one("a.owner = ? and v.origin = ?", (owner, origin))
 
     def block(self, version: Version) -> Block:
-        """The version's block file, whole and checked. Raises BlockDamaged."""
-        return read_block(block_path(self._blobs, version.digest))
+        """The version's block, whole and checked. Raises BlockDamaged; Unavailable when the store does not answer."""
+        return self._disk.block(version.ref)
 
     def delete_adapter(self, owner: str | None, adapter: str) -> list[Version]:
-        """Removes an adapter with all its versions, any owner's with `owner` None; returns what they were. Raises
-        NotFound."""
-        with self._files:
+        """Removes an adapter with all its versions, anybody's with `owner` None; returns what they were.
+
+        Raises NotFound.
+        """
+        with self._database.transaction() as db:
             gone = self.adapter(owner, adapter)
-            with self._database.transaction() as db:
-                db.table("adapters").delete(adapter)
-            self._remove_files({v.digest for v in gone})
+            db.table("adapters").delete(adapter)
+            self.objects.give_up(v.digest for v in gone)
+        self._remove_given_up(gone)
         return gone
 
     def delete_version(self, owner: str, version: str) -> Version:
         """Removes one version. The name then points at the newest one left, and goes with its last. Raises NotFound."""
-        with self._files:
+        with self._database.transaction() as db:
             gone = self.version(owner, version)
-            with self._database.transaction() as db:
-                db.table("versions").delete(version)
-                left = self._all("a.id = ?", (gone.adapter,))
-                if not left:
-                    db.table("adapters").delete(gone.adapter)
-                elif gone.current:
-                    db.table("adapters").update(gone.adapter, {"current": left[0].id})
-            self._remove_files({gone.digest})
+            db.table("versions").delete(version)
+            left = self._all("a.id = ?", (gone.adapter,))
+            if not left:
+                db.table("adapters").delete(gone.adapter)
+            elif gone.current:
+                db.table("adapters").update(gone.adapter, {"current": left[0].id})
+            self.objects.give_up([gone.digest])
+        self._remove_given_up([gone])
         return gone
 
     def disk_used(self) -> int:
         """Bytes of the block files, each once however many versions name it."""
-        used = 0
-        for path in self._blobs.glob(f"*{SUFFIX}"):
-            with contextlib.suppress(FileNotFoundError):  # deleted at this moment
-                used += path.stat().st_size
-        return used
+        return self._disk.files.used_bytes
 
     def clean_up(self) -> int:
-        """Removes files that no row names, as a kill may have left them; returns how many."""
-        with self._files:
-            removed = remove_partials(self._blobs)
-            named = {row["digest"] for row in self._database.rows("select distinct digest from versions")}
-            for path in self._blobs.glob(f"*{SUFFIX}"):
-                if path.stem not in named:
-                    path.unlink()
-                    removed += 1
+        """At a start, before anything is published: removes files that no row names, as a kill may have left them, and
+        tells the disk whose the others are; returns how many it removed."""
+        sql = """
+            select v.digest, min(a.owner) as owner, max(a.pinned is not null and a.current = v.id) as pinned,
+                   max(o.state = 'stored') as stored
+            from versions v join adapters a on a.id = v.adapter
+            left join objects o on o.digest = v.digest and o.store = ? group by v.digest
+        """
+        rows = self._database.rows(sql, (self.objects.store,))
+        removed = self._disk.files.clean_up({row["digest"] for row in rows})
+        in_store = self._disk.store is not None
+        self._disk.files.settle(
+            Named(row["digest"], row["owner"], bool(row["pinned"]), in_store and bool(row["stored"])) for row in rows
+        )
+        if not in_store:
+            self._warn_of_missing({row["digest"] for row in rows})
         return removed
 
-    def _remove_files(self, digests: set[str]) -> None:
-        for digest in digests:
-            if self._database.row("select 1 from versions where digest = ? limit 1", (digest,)) is None:
-                block_path(self._blobs, digest).unlink(missing_ok=True)
-        sync_directory(self._blobs)
+    def _warn_of_missing(self, named: set[str]) -> None:
+        missing = [digest for digest in named if digest not in self._disk.files]
+        elsewhere = self.objects.elsewhere() if missing else {}
+        stores = ", ".join(sorted({elsewhere[digest] for digest in missing if digest in elsewhere}))
+        if stores:
+            log.warning("%d blocks are not on this disk; start the server with --store %s", len(missing), stores)
+        elif missing:
+            log.error("%d blocks are not on this disk; `adapterhub doctor` says whose they are", len(missing))
+
+    def _remove_given_up(self, versions: list[Version]) -> None:
+        for digest in {v.digest for v in versions}:
+            with self._disk.holding(digest):
+                self._remove_unnamed(digest)
+
+    def _remove_unnamed(self, digest: str) -> None:
+        if self._database.row("select 1 from versions where digest = ? limit 1", (digest,)) is None:
+            self._disk.remove(digest)
 
     def _one(self, where: str, args: tuple[object, ...]) -> Version | None:
         found = self._all(where, args)

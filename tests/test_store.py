@@ -1,0 +1,90 @@
+"""The object store through fsspec: what comes back is what was put there, and errors say what to do."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from adapterhub.errors import BadRequest, Unavailable
+from adapterhub.swap.store import Store, StoredObject
+from tests.test_disk import FaultyFS, failing
+
+
+@pytest.fixture
+def content(tmp_path: Path) -> Path:
+    path = tmp_path / "content"
+    path.write_bytes(b"0123456789")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["file", "memory"])
+def test_what_is_put_comes_back_until_it_is_deleted(tmp_path: Path, content: Path, kind: str) -> None:
+    url = f"file://{tmp_path}/there/deep" if kind == "file" else f"memory://{tmp_path.name}/deep"
+    store = Store.open(url, "server", tmp_path / "data")
+    assert store.list() == []
+    assert not store.get("d1", tmp_path / "back")
+    store.put("d1", content)
+    store.put("d1", content)
+    assert store.list() == [StoredObject("d1", 10)]
+    assert store.size("d1") == 10
+    assert store.size("d2") is None
+    assert store.get("d1", tmp_path / "back")
+    assert (tmp_path / "back").read_bytes() == b"0123456789"
+    assert Store.open(url, "another", tmp_path / "data").list() == []
+    store.delete("d1")
+    store.delete("d1")
+    assert store.list() == []
+
+
+def test_only_blocks_are_listed(tmp_path: Path, content: Path) -> None:
+    store = Store.open(f"file://{tmp_path}/there", "server", tmp_path / "data")
+    store.put("d1", content)
+    for name in ("README", "d2.block.0011.partial"):
+        (tmp_path / "there" / "server" / name).write_bytes(b"x")
+    assert store.list() == [StoredObject("d1", 10)]
+    assert store.remove_partials() == 1
+
+
+def test_an_upload_of_which_the_store_has_less_is_none(content: Path) -> None:
+    fs = FaultyFS()
+    store = Store(fs, "/b/p", pauses=(0, 0))
+    fs.info = lambda path, **kwargs: {"size": 3}  # type: ignore[method-assign]
+    with pytest.raises(Unavailable, match="upload failed"):
+        store.put("d1", content)
+    assert fs.calls["put"] == 3
+
+
+def test_what_will_not_change_is_not_tried_again(content: Path) -> None:
+    fs = FaultyFS()
+    store = Store(fs, "/b/p", pauses=(0, 0))
+    fs.fault = failing(PermissionError("no"), "put")
+    with pytest.raises(Unavailable, match="PermissionError"):
+        store.put("d1", content)
+    assert fs.calls["put"] == 1
+
+
+@pytest.mark.parametrize(
+    ("url", "reason"),
+    [
+        ("/a/directory", "is not a store"),
+        ("file://", "is not a store"),
+        ("nosuch://a/b", "Protocol not known"),
+        ("s3://bucket/prefix", r"adapterhub\[s3\]"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_said(tmp_path: Path, url: str, reason: str) -> None:
+    if url.startswith("s3"):
+        try:
+            import s3fs  # noqa: F401
+
+            pytest.skip("its driver is installed")
+        except ImportError:
+            pass
+    with pytest.raises(BadRequest, match=reason):
+        Store.open(url, "server", tmp_path)
+
+
+def test_a_store_within_the_data_directory_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRequest, match="outside"):
+        Store.open(f"file://{tmp_path}/blobs", "server", tmp_path)
