@@ -12,6 +12,7 @@ from random_blocks import random_block
 from adapterhub.api.hub import ADMIN_OWNER
 from adapterhub.config import Config
 from adapterhub.swap.database import Database
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.registry import Registry, Version
 from benchmarks.server import base, chosen
 
@@ -27,7 +28,7 @@ def publish(data: Path, indices: Iterable[int], ranks: Sequence[int], targets: S
     """
     config = Config(data_dir=data)
     database = Database(config.database)
-    registry = Registry(database, config.blobs_dir, config.disk_bytes)
+    registry = Registry(database, DiskTier(config.blobs_dir, config.disk_bytes))
     layout, made, left = chosen(targets), [], list(indices)
     with mock.patch("os.fsync"):
         while left:

@@ -12,6 +12,7 @@ import httpx
 import numpy as np
 from figure import Figure
 
+from adapterhub.swap.generate import arrivals, power, zipf
 from benchmarks.load import Answer, complete
 from benchmarks.peers import Setting
 from benchmarks.server import Server, import_adapters, server
@@ -19,8 +20,6 @@ from benchmarks.server import Server, import_adapters, server
 RANKS = (64, 32, 16, 8)
 ADAPTERS = (10, 100, 1000)
 REQUESTS = 150
-RATE = 5.0  # requests per second
-CV = 2.0
 POOL = "128MiB"
 ATTAINED_SECONDS = 6.0
 TARGETS = ("q_proj", "v_proj")
@@ -32,8 +31,8 @@ def run(setting: Setting) -> list[Figure]:
     for count in ADAPTERS:
         with server("--device-bytes", POOL) as running:
             models = [a["model"] for a in import_adapters(running, count, RANKS, TARGETS)]
-            for name, picks in (("alpha 0.3", power(count, 0.3)), ("Zipf 1.0", zipf(count, 1.0))):
-                answers = asyncio.run(replay(running, [models[i] for i in picks]))
+            for name, picks in (("alpha 0.3", power(count, REQUESTS, 0.3)), ("Zipf 1.0", zipf(count, REQUESTS, 1.0))):
+                answers = asyncio.run(replay(running, [models[i] for i in picks.tolist()]))
                 title = f"{count} adapters, {name}"
                 curves[title] = sorted(a.first * 1e3 for a in answers)
                 figures.append(_figure(title, curves[title], answers))
@@ -58,19 +57,8 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-def power(count: int, alpha: float) -> Sequence[int]:
-    """S-LoRA's choice of adapters: the smaller alpha, the more skewed."""
-    return (np.random.default_rng(0).power(alpha, REQUESTS) * count).astype(int).tolist()
-
-
-def zipf(count: int, s: float) -> Sequence[int]:
-    weights = 1 / np.arange(1, count + 1) ** s
-    return np.random.default_rng(0).choice(count, REQUESTS, p=weights / weights.sum()).tolist()
-
-
 async def replay(running: Server, models: Sequence[str]) -> list[Answer]:
     chooser = np.random.default_rng(1)
-    gaps = chooser.gamma(1 / CV**2, CV**2 / RATE, len(models))
     lengths = chooser.integers(8, 64, (len(models), 2)).tolist()
     options = {"base_url": running.url, "headers": {"Authorization": f"Bearer {running.key}"}, "timeout": 600}
     async with httpx.AsyncClient(**options, limits=httpx.Limits(max_connections=512)) as client:
@@ -79,8 +67,8 @@ async def replay(running: Server, models: Sequence[str]) -> list[Answer]:
             await asyncio.sleep(at)
             return await complete(client, model, answer, chooser.integers(1000, 40_000, prompt).tolist())
 
-        arrivals = np.cumsum(gaps).tolist()
-        asked = [ask(at, model, *length) for at, model, length in zip(arrivals, models, lengths, strict=True)]
+        times = arrivals(len(models)).tolist()
+        asked = [ask(at, model, *length) for at, model, length in zip(times, models, lengths, strict=True)]
         return list(await asyncio.gather(*asked))
 
 
