@@ -6,9 +6,11 @@ import json
 import os
 import pty
 import re
+import shutil
 import socket
 import subprocess
 import threading
+import zipfile
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -53,7 +55,7 @@ def test_it_says_its_version_and_what_each_command_does() -> None:
         ["chat"],
         *(["keys", c] for c in ("create",)),
         *(["jobs", c] for c in ("list", "show")),
-        *(["adapters", c] for c in ("list", "show", "import", "export", "delete")),
+        *(["adapters", c] for c in ("list", "show", "import", "export", "evict", "delete")),
     ):
         shown = CliRunner().invoke(app, [*command, "--help"], prog_name="adapterhub")
         assert shown.exit_code == 0
@@ -78,40 +80,152 @@ def test_keys_create_prints_the_key_alone_without_a_server_and_with_one(server: 
 # -- adapters
 
 
+def on_terminal(*arguments: str, said: str, user: User) -> subprocess.CompletedProcess[str]:
+    """The command with a terminal as its standard input, on which somebody types `said`."""
+    ours, theirs = pty.openpty()
+    os.write(ours, said.encode())
+    environ = environment(ADAPTERHUB_URL=user.url, ADAPTERHUB_API_KEY=user.key)
+    try:
+        return subprocess.run(
+            [str(COMMAND), *arguments], stdin=theirs, capture_output=True, text=True, env=environ, timeout=SECONDS
+        )
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+def listed(*options: str, user: User) -> list[dict[str, Any]]:
+    return json.loads(ran("adapters", "list", "--json", *options, user=user))
+
+
+def zip_of(path: Path, folders: dict[str, PeftFiles]) -> Path:
+    """A zip with an adapter's files in each folder ("": at its root)."""
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for folder, files in folders.items():
+            archive.writestr(f"{folder}adapter_config.json", files.config)
+            archive.writestr(f"{folder}adapter_model.safetensors", files.weights)
+    return path
+
+
 def test_adapters_are_imported_listed_shown_and_deleted(user: User, adapter: PeftFiles) -> None:
     said = ran("adapters", "import", str(adapter.directory), "--name", "mine", user=user)
     assert said == f"Imported as {user.owner}/mine, version 1.\n"
     again = json.loads(ran("adapters", "import", str(adapter.directory), "--name", "mine", "--json", user=user))
-    assert [v["number"] for v in again["versions"]] == [2, 1]
-    [listed] = json.loads(ran("adapters", "list", "--json", user=user))
-    assert (listed["name"], listed["rank"]) == ("mine", 4)
-    assert listed["tier"] in ("disk", "device"), "another owner may use the very same block"
+    assert again["failed"] == []
+    [imported] = again["imported"]
+    assert [v["number"] for v in imported["versions"]] == [2, 1]
+    assert imported["source"] == str(adapter.directory)
+    [found] = listed(user=user)
+    assert (found["name"], found["rank"]) == ("mine", 4)
+    assert found["tier"] in ("disk", "device"), "another owner may use the very same block"
     table = ran("adapters", "list", user=user)
-    assert all(text in table for text in (f"{user.owner}/mine", listed["tier"], "14.5 KiB", listed["id"]))
-    for which in ("mine", f"{user.owner}/mine", listed["id"]):
-        assert json.loads(ran("adapters", "show", which, "--json", user=user)) == listed
+    assert all(text in table for text in (f"{user.owner}/mine", found["tier"], "14.5 KiB", "never"))
+    for which in ("mine", f"{user.owner}/mine", found["id"]):
+        assert json.loads(ran("adapters", "show", which, "--json", user=user)) == found
     shown = ran("adapters", "show", "mine", user=user)
-    assert all(v["model"] in shown for v in listed["versions"])
-    assert "import" in shown
+    assert all(
+        text in shown for text in (found["id"], "import", "not pinned", *(v["model"] for v in found["versions"]))
+    )
     assert ran("adapters", "delete", "mine", "--yes", user=user) == f"Deleted {user.owner}/mine.\n"
-    assert json.loads(ran("adapters", "list", "--json", user=user)) == []
+    assert listed(user=user) == []
 
 
 def test_an_import_is_named_after_its_directory_unless_told_otherwise(user: User, adapter: PeftFiles) -> None:
     ran("adapters", "import", str(adapter.directory), user=user)
-    [listed] = json.loads(ran("adapters", "list", "--json", user=user))
-    assert listed["name"] == adapter.directory.name
+    assert [a["name"] for a in listed(user=user)] == [adapter.directory.name]
 
 
 def test_an_import_that_changes_nothing_warns(user: User, base_model: PreTrainedModel, tmp_path: Path) -> None:
     files = PeftFiles(base_model, tmp_path / "idle", size=0.0)
-    assert "warning: All of its modules change nothing" in ran("adapters", "import", str(files.directory), user=user)
+    said = ran("adapters", "import", str(files.directory), user=user)
+    assert f"warning: {user.owner}/idle: All of its modules change nothing: A or B is zero." in said
+
+
+def test_directories_of_directories_and_zips_are_imported_at_once(
+    user: User, adapter: PeftFiles, other_adapter: PeftFiles, tmp_path: Path
+) -> None:
+    many = tmp_path / "many"
+    for name, files in (("first", adapter), ("second", other_adapter)):
+        shutil.copytree(files.directory, many / name)
+    (many / "notes").mkdir()
+    zip_of(many / "third.zip", {"": adapter})
+    several = zip_of(tmp_path / "several.zip", {"fourth/": adapter, "deep/fifth/": other_adapter})
+    said = ran("adapters", "import", str(many), str(several), user=user)
+    names = ["first", "second", "third", "fifth", "fourth"]
+    lines = [f"Imported as {user.owner}/{name}, version 1." for name in names]
+    assert said.splitlines() == [*lines, "5 imported, 0 failed."]
+    found = {a["name"]: a["versions"][0]["digest"] for a in listed(user=user)}
+    assert found["first"] == found["third"] == found["fourth"] != found["second"] == found["fifth"]
+
+
+def test_one_that_cannot_be_imported_does_not_hold_up_the_others(
+    user: User, adapter: PeftFiles, tmp_path: Path
+) -> None:
+    many = tmp_path / "many"
+    for name in ("a", "b", "c d", "e"):
+        shutil.copytree(adapter.directory, many / name)
+    (many / "b" / "adapter_model.safetensors").rename(many / "b" / "adapter_model.bin")
+    whole = zip_of(tmp_path / "whole.zip", {"": adapter}).read_bytes()
+    broken = whole[:5000] + bytes(100) + whole[5100:]
+    (many / "f.zip").write_bytes(broken)
+    done = run_cli("adapters", "import", str(many), user=user)
+    assert done.returncode == 1
+    assert done.stdout.splitlines()[-1] == "2 imported, 3 failed."
+    pickled, name, damaged = done.stderr.splitlines()
+    assert pickled.startswith(f"error: {many}/b: ")
+    assert "weights are a pickle" in pickled
+    assert name.startswith(f"error: {many}/c d: 'c d' is not a valid name")
+    assert damaged.startswith(f"error: {many}/f.zip: {many}/f.zip cannot be read")
+    assert [a["name"] for a in listed(user=user)] == ["a", "e"]
+    done = run_cli("adapters", "import", str(many), "--json", user=user)
+    assert done.returncode == 1
+    said = json.loads(done.stdout)
+    assert [a["name"] for a in said["imported"]] == ["a", "e"]
+    assert [f["source"] for f in said["failed"]] == [f"{many}/{name}" for name in ("b", "c d", "f.zip")]
+
+
+def test_many_imports_end_with_the_first_that_no_server_answers(adapter: PeftFiles, tmp_path: Path) -> None:
+    for name in ("a", "b", "c"):
+        shutil.copytree(adapter.directory, tmp_path / name)
+    done = run_cli("adapters", "import", str(tmp_path), "--api-key", "x", "--url", "http://127.0.0.1:1")
+    assert done.returncode == 1
+    assert done.stdout == "0 imported, 1 failed, 2 not tried.\n"
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_what_is_no_adapter_is_refused_before_anything_is_imported(
+    user: User, adapter: PeftFiles, tmp_path: Path
+) -> None:
+    for folder in ("one", "two"):
+        shutil.copytree(adapter.directory, tmp_path / folder / "final")
+    text = tmp_path / "text.zip"
+    text.write_text("not a zip")
+    empty = zip_of(tmp_path / "empty.zip", {})
+    good = str(adapter.directory)
+    for paths, message in (
+        ([str(tmp_path / "none")], "none does not exist"),
+        ([good, str(tmp_path)], "no adapter_config.json, and no directory or zip in it that has one"),
+        ([good, str(text)], "neither a directory nor a zip file"),
+        ([good, str(empty)], "is a zip without an adapter_config.json"),
+        ([str(tmp_path / "one"), str(tmp_path / "two")], "2 of these would be called 'final'"),
+        ([good, str(tmp_path / "one"), "--name", "mine"], "--name is for one adapter, and these are 2"),
+    ):
+        if message.startswith("no adapter_config"):
+            text.unlink()
+            empty.unlink()
+            assert message in failed("adapters", "import", *paths, user=user)
+            text.write_text("not a zip")
+            zip_of(empty, {})
+        else:
+            assert message in failed("adapters", "import", *paths, user=user)
+    assert listed(user=user) == []
 
 
 def test_what_was_imported_is_exported_bit_for_bit(user: User, other_adapter: PeftFiles, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     ran("adapters", "import", str(other_adapter.directory), "--name", "mine", user=user)
     assert ran("adapters", "export", "mine", "--out", str(out), user=user) == f"Wrote {out}.\n"
+    assert [p.name for p in out.parent.iterdir()] == ["out"], "nothing else is left"
     sent, found = (load_file(d / "adapter_model.safetensors") for d in (other_adapter.directory, out))
     assert found.keys() == sent.keys()
     for name, tensor in sent.items():
@@ -120,24 +234,83 @@ def test_what_was_imported_is_exported_bit_for_bit(user: User, other_adapter: Pe
     asked, got = (json.loads((d / "adapter_config.json").read_text()) for d in (other_adapter.directory, out))
     assert got == asked
     assert "exists already" in failed("adapters", "export", "mine", "--out", str(out), user=user)
+    zipped = tmp_path / "out.zip"
+    said = json.loads(ran("adapters", "export", "mine", "--out", str(zipped), "--json", user=user))
+    assert said["out"] == str(zipped)
+    with zipfile.ZipFile(zipped) as archive:
+        assert {name: archive.read(name) for name in archive.namelist()} == {
+            p.name: p.read_bytes() for p in out.iterdir()
+        }
+    ran("adapters", "import", str(zipped), "--name", "again", user=user)
+    again, mine = listed(user=user)
+    assert again["versions"][0]["digest"] == mine["versions"][0]["digest"]
 
 
-def test_delete_asks_and_takes_silence_for_a_no(user: User, adapter: PeftFiles) -> None:
-    ran("adapters", "import", str(adapter.directory), "--name", "mine", user=user)
-    for said in ("n\n", "\n", ""):
-        done = run_cli("adapters", "delete", "mine", said=said, user=user)
+def test_delete_asks_once_about_all_and_takes_silence_for_a_no(user: User, adapter: PeftFiles) -> None:
+    for name in ("one", "two", "two"):
+        user.import_adapter(adapter, name)
+    for said in ("n\n", "\n"):
+        done = on_terminal("adapters", "delete", "one", "two", f"{user.owner}/one", said=said, user=user)
         assert done.returncode == 1
-        assert f"Delete {user.owner}/mine and its 1 version(s)? This cannot be undone." in done.stdout
-        assert len(json.loads(ran("adapters", "list", "--json", user=user))) == 1
-    assert "Deleted" in ran("adapters", "delete", "mine", said="y\n", user=user)
-    assert json.loads(ran("adapters", "list", "--json", user=user)) == []
+        question = f"Delete {user.owner}/one, {user.owner}/two (3 versions)? This cannot be undone. [y/n] (n): "
+        assert done.stdout == f"{question}Nothing was done.\n"
+        assert len(listed(user=user)) == 2
+    done = on_terminal("adapters", "delete", "one", "two", said="y\n", user=user)
+    assert done.stdout.endswith(f"Deleted {user.owner}/one.\nDeleted {user.owner}/two.\n")
+    assert listed(user=user) == []
 
 
-def test_an_admin_lists_everybodys_adapters(server: Server, user: User, adapter: PeftFiles) -> None:
+def test_delete_never_asks_where_nobody_can_answer(user: User, adapter: PeftFiles) -> None:
     user.import_adapter(adapter, "mine")
-    found = json.loads(ran("adapters", "list", "--all", "--json", user=server.admin))
-    assert f"{user.owner}/mine" in [a["model"] for a in found]
-    assert "admin key" in failed("adapters", "list", "--all", user=user)
+    for said in ("y\n", ""):
+        assert "give --yes" in failed("adapters", "delete", "mine", said=said, user=user)
+    assert "no adapter 'none'" in failed("adapters", "delete", "mine", "none", "--yes", user=user)
+    assert len(listed(user=user)) == 1, "nothing goes when one of them is not there"
+    [answer] = json.loads(ran("adapters", "delete", "mine", "--yes", "--json", user=user))
+    assert answer["deleted"] is True
+
+
+def test_lists_are_filtered_sorted_and_cut(user: User, adapter: PeftFiles, other_adapter: PeftFiles) -> None:
+    for files, name in ((adapter, "big-1"), (other_adapter, "small"), (adapter, "big-2")):
+        user.import_adapter(files, name)
+
+    def names(*options: str) -> list[str]:
+        return [a["name"] for a in listed(*options, user=user)]
+
+    assert names() == ["big-1", "big-2", "small"]
+    assert names("--reverse") == ["small", "big-2", "big-1"]
+    assert names("--sort", "bytes") == ["small", "big-1", "big-2"]
+    assert names("--name", "BIG") == ["big-1", "big-2"]
+    assert names("--limit", "2") == ["big-1", "big-2"]
+    assert names("--limit", "0") == ["big-1", "big-2", "small"]
+    assert "2 of 3; --limit 0 shows all." in ran("adapters", "list", "--limit", "2", user=user)
+    assert run_cli("adapters", "list", "--sort", "colour", user=user).returncode == 2
+
+
+def test_an_admin_sees_steers_and_deletes_everybodys_adapters(
+    server: Server, user: User, adapter: PeftFiles, tmp_path: Path
+) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    alias = f"{user.owner}/mine"
+    assert [a["model"] for a in listed("--owner", user.owner, user=server.admin)] == [alias]
+    assert alias in [a["model"] for a in listed("--all", "--limit", "0", user=server.admin)]
+    for which in (alias, imported["id"]):
+        assert json.loads(ran("adapters", "show", which, "--json", user=server.admin))["model"] == alias
+    assert "no adapter 'mine'" in failed("adapters", "show", "mine", user=server.admin), "a bare name is one's own"
+    ran("adapters", "export", alias, "--out", str(tmp_path / "out"), user=server.admin)
+    user.ask(alias)
+    assert user.tier(alias) == "device"
+    assert ran("adapters", "evict", alias, user=server.admin) == f"Evicted {alias}.\n"
+    assert user.tier(alias) == "disk"
+    for options in (["--all"], ["--owner", user.owner]):
+        assert "admin key" in failed("adapters", "list", *options, user=user)
+    assert "admin key" in failed("adapters", "evict", "mine", user=user)
+    stranger = server.user()
+    for command in (["show"], ["evict"], ["delete", "--yes"], ["export", "--out", "never"]):
+        for which in (alias, imported["id"]):
+            assert f"You have no adapter '{which}'" in failed("adapters", *command, which, user=stranger)
+    assert ran("adapters", "delete", alias, "--yes", user=server.admin) == f"Deleted {alias}.\n"
+    assert listed(user=user) == []
 
 
 # -- from a file to a conversation

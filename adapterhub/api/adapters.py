@@ -9,12 +9,13 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Form, Query, Response, UploadFile
 
 from adapterhub.api.auth import Caller
-from adapterhub.api.hub import TheHub
+from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
 from adapterhub.swap.names import check_name
+from adapterhub.swap.registry import Version
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -52,20 +53,24 @@ def retrieve(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
 
 @router.get("/{adapter_id}/download")
 def download(hub: TheHub, caller: Caller, adapter_id: str) -> Response:
-    """The current version as a zip of a PEFT directory."""
-    version = next(v for v in hub.registry.adapter(caller.owner, adapter_id) if v.current)
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
-        for filename, content in peft.export_files(hub.registry.block(version)).items():
-            archive.writestr(filename, content)
-    disposition = f'attachment; filename="{version.name}-v{version.number}.zip"'
-    return Response(buffer.getvalue(), media_type="application/zip", headers={"content-disposition": disposition})
+    return zip_of_current(hub, hub.registry.adapter(caller.owner, adapter_id))
 
 
 @router.delete("/{adapter_id}")
 def delete(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
     hub.forget(hub.registry.delete_adapter(caller.owner, adapter_id))
     return {"id": adapter_id, "object": "adapter", "deleted": True}
+
+
+def zip_of_current(hub: Hub, versions: list[Version]) -> Response:
+    """An adapter's current version as a zip of a PEFT directory."""
+    version = next(v for v in versions if v.current)
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
+        for filename, content in peft.export_files(hub.registry.block(version)).items():
+            archive.writestr(filename, content)
+    disposition = f'attachment; filename="{version.name}-v{version.number}.zip"'
+    return Response(buffer.getvalue(), media_type="application/zip", headers={"content-disposition": disposition})
 
 
 def _read(upload: UploadFile, limit: int) -> bytes:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Response
 
+from adapterhub.api.adapters import zip_of_current
 from adapterhub.api.auth import Admin
 from adapterhub.api.hub import TheHub
 from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
@@ -38,6 +39,11 @@ def adapters(
 def retrieve(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
     [shown] = adapter_objects(hub, [hub.registry.adapter(None, adapter_id)])
     return shown
+
+
+@router.get("/adapters/{adapter_id}/download")
+def download(hub: TheHub, caller: Admin, adapter_id: str) -> Response:
+    return zip_of_current(hub, hub.registry.adapter(None, adapter_id))
 
 
 @router.delete("/adapters/{adapter_id}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -21,13 +22,10 @@ from adapterhub.config import Config
 from adapterhub.errors import BadRequest, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
-from adapterhub.swap.disk import DiskTier
-from adapterhub.swap.files import lock_directory
-from adapterhub.swap.mirror import Mirror
-from adapterhub.swap.objects import server_id
+from adapterhub.swap.ref import Use
 from adapterhub.swap.registry import Registry, Version
-from adapterhub.swap.store import Store
 from adapterhub.swap.trace import Recorder
+from adapterhub.swap.uses import Uses
 from adapterhub.train.files import FileStore
 from adapterhub.train.jobs import JobStore
 from adapterhub.train.worker import Worker
@@ -40,28 +38,27 @@ class Hub:
     """Opens the data directory and the engine on a loaded base. Raises BadRequest when another server has it open."""
 
     def __init__(self, config: Config, base: Base) -> None:
-        lock = lock_directory(config.data_dir)
-        if lock is None:
-            raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.")
-        self._lock = lock
+        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._lock = os.open(config.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(self._lock)
+            raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.") from error
         self.config = config
         self.base = base
         self.codec = TextCodec(base.tokenizer)
         self.database = Database(config.database)
         self.keys = KeyStore(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
-        store = None
-        if config.store is not None:
-            store = Store.open(config.store, server_id(self.database), config.data_dir)
-        self.disk = DiskTier(config.blobs_dir, config.disk_bytes, store)
-        self.registry = Registry(self.database, self.disk)
-        self.mirror = Mirror(self.database, self.registry.objects, self.disk, store) if store else None
+        self.registry = Registry(self.database, config.blobs_dir, config.disk_bytes)
         self.catalog = Catalog(self.database, self.registry)
         self.jobs = JobStore(self.database)
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.trace = Recorder(config.trace_dir)
-        self.engine = Engine(base, config, self._deliver, disk=self.disk, on_use=self.trace.record)
+        self.uses = Uses()
+        self.engine = Engine(base, config, self._deliver, on_use=self._note_use)
         self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
 
     def start(self) -> None:
@@ -72,8 +69,6 @@ class Hub:
             log.info("removed %d files that an interrupted write had left", removed)
         self._make_admin_key()
         self.trace.start()
-        if self.mirror is not None:
-            self.mirror.start()
         self.engine.start()
         self.worker.start()
 
@@ -81,8 +76,6 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
-        if self.mirror is not None:
-            self.mirror.stop()
         self.database.close()
         os.close(self._lock)
 
@@ -113,6 +106,12 @@ class Hub:
         """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""
         for version in versions:
             self.engine.evict(version.digest)
+            self.uses.forget([version.id])
+
+    def _note_use(self, use: Use) -> None:
+        """On the engine's thread."""
+        self.trace.record(use)
+        self.uses.note(use)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """On the engine's thread: hands a step's outputs to the event loop in one call."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
-from fastapi import Depends, Query
+from fastapi import Depends
 
 from adapterhub.api.hub import Hub
 from adapterhub.api.pages import listed
@@ -13,13 +13,17 @@ from adapterhub.errors import BadRequest
 from adapterhub.swap.catalog import Filter, Found, Order, unknown_cursor
 from adapterhub.swap.ref import Tier
 from adapterhub.swap.registry import Version
+from adapterhub.swap.uses import NEVER, Used
+
+_BY_USE = ("last_use", "hits")
 
 
 @dataclass(frozen=True)
 class Listing:
-    """What a list is asked for, besides whose adapters and how many."""
+    """What a list is asked for, besides whose adapters and how many. `by_use` goes before `order`."""
 
     order: Order
+    by_use: str | None
     descending: bool
     after: str | None
     name: str | None
@@ -30,16 +34,17 @@ class Listing:
 def listing(
     sort: str = "name",
     after: str | None = None,
-    name: Annotated[str | None, Query(max_length=64)] = None,
+    name: str | None = None,
     tier: Literal["device", "ram", "disk", "remote"] | None = None,
     pinned: bool | None = None,
 ) -> Listing:
     """The query of a list. Raises BadRequest."""
     key = sort.removeprefix("-")
-    if key not in list(Order):
-        known = ", ".join(Order)
+    if key not in (*Order, *_BY_USE):
+        known = ", ".join((*Order, *_BY_USE))
         raise BadRequest(f"sort: {sort[:80]!r} is none of {known}; '-' before one turns it around.", param="sort")
-    return Listing(Order(key), sort.startswith("-"), after, name, Tier(tier) if tier else None, pinned)
+    order, by_use = (Order.NAME, key) if key in _BY_USE else (Order(key), None)
+    return Listing(order, by_use, sort.startswith("-"), after, name, Tier(tier) if tier else None, pinned)
 
 
 TheListing = Annotated[Listing, Depends(listing)]
@@ -48,7 +53,7 @@ TheListing = Annotated[Listing, Depends(listing)]
 def list_adapters(hub: Hub, owner: str | None, asked: Listing, limit: int | None) -> dict[str, Any]:
     """The list object of a page of `owner`'s adapters, or of everybody's. Raises BadRequest for an unknown cursor."""
     which = Filter(owner, asked.name, asked.pinned)
-    if asked.tier is None:
+    if asked.tier is None and asked.by_use is None:
         found = hub.catalog.page(which, asked.order, descending=asked.descending, after=asked.after, limit=limit)
     else:
         found = _joined(hub, which, asked, limit)
@@ -56,10 +61,17 @@ def list_adapters(hub: Hub, owner: str | None, asked: Listing, limit: int | None
 
 
 def _joined(hub: Hub, which: Filter, asked: Listing, limit: int | None) -> Found:
-    """A page by what the engine knows: it is asked once, about all that the columns let through."""
-    matches = hub.catalog.matching(which, asked.order, descending=asked.descending)
-    tiers = hub.engine.tiers_of([m.digest for m in matches]).result()
-    ids = [m.adapter for m, tier in zip(matches, tiers, strict=True) if tier == asked.tier]
+    """A page by what is no column: of all that the columns let through, the engine is asked once."""
+    matches = hub.catalog.matching(which, asked.order, descending=asked.descending and asked.by_use is None)
+    if asked.tier is not None:
+        tiers = hub.engine.tiers_of([m.digest for m in matches]).result()
+        matches = [m for m, tier in zip(matches, tiers, strict=True) if tier == asked.tier]
+    ids = [m.adapter for m in matches]
+    if asked.by_use is not None:
+        used = hub.catalog.by_adapter(hub.uses.all())
+        keys = {"last_use": lambda u: u.last or 0.0, "hits": lambda u: u.hits}
+        key = keys[asked.by_use]
+        ids.sort(key=lambda adapter: key(used.get(adapter, NEVER)), reverse=asked.descending)
     begin = 0
     if asked.after is not None:
         if asked.after not in ids:
@@ -72,11 +84,18 @@ def _joined(hub: Hub, which: Filter, asked: Listing, limit: int | None) -> Found
 def adapter_objects(hub: Hub, adapters: list[list[Version]]) -> list[dict[str, Any]]:
     """One object for each adapter, from all of its versions, the newest first."""
     tiers = iter(hub.engine.tiers_of([v.digest for versions in adapters for v in versions]).result())
-    return [_adapter_object([(v, next(tiers)) for v in versions]) for versions in adapters]
+    return [_adapter_object([Shown(v, next(tiers), hub.uses.of(v.id)) for v in versions]) for versions in adapters]
 
 
-def _adapter_object(pairs: list[tuple[Version, Tier]]) -> dict[str, Any]:
-    current, tier = next(pair for pair in pairs if pair[0].current)
+class Shown(NamedTuple):
+    version: Version
+    tier: Tier
+    used: Used
+
+
+def _adapter_object(versions: list[Shown]) -> dict[str, Any]:
+    current, tier, _ = next(shown for shown in versions if shown.version.current)
+    used = sum((shown.used for shown in versions), NEVER)
     return {
         "id": current.adapter,
         "object": "adapter",
@@ -89,12 +108,14 @@ def _adapter_object(pairs: list[tuple[Version, Tier]]) -> dict[str, Any]:
         "rank": current.rank,
         "tier": tier,
         "pinned": current.pinned,
-        "created_at": min(v.created_at for v, _ in pairs),
-        "versions": [_version_object(v, t) for v, t in pairs],
+        **_use_fields(used),
+        "created_at": min(shown.version.created_at for shown in versions),
+        "versions": [_version_object(shown) for shown in versions],
     }
 
 
-def _version_object(version: Version, tier: Tier) -> dict[str, Any]:
+def _version_object(shown: Shown) -> dict[str, Any]:
+    version = shown.version
     return {
         "id": version.id,
         "number": version.number,
@@ -104,6 +125,11 @@ def _version_object(version: Version, tier: Tier) -> dict[str, Any]:
         "rank": version.rank,
         "base": version.base,
         "digest": version.digest,
-        "tier": tier,
+        "tier": shown.tier,
+        **_use_fields(shown.used),
         "created_at": version.created_at,
     }
+
+
+def _use_fields(used: Used) -> dict[str, Any]:
+    return {"hits": used.hits, "loads": used.loads, "last_used_at": used.last}

@@ -1,114 +1,215 @@
-"""`adapterhub adapters`: list, show, import, export, delete."""
+"""`adapterhub adapters`: list, show, import, export, evict, delete."""
 
 from __future__ import annotations
 
-import io
-import json
+import tempfile
 import zipfile
+from collections.abc import Sequence
+from contextlib import suppress
+from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
+from urllib.parse import quote
 
 import typer
-from rich.prompt import Confirm
 
-from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, Yes, console, show
+from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, Yes, confirm, console, print_json, show
+from adapterhub.cli.formats import ago
+from adapterhub.cli.imports import import_adapters
 from adapterhub.config import format_bytes
-from adapterhub.errors import HubError
+from adapterhub.errors import Forbidden, HubError, NotFound
 
-CONFIG_FILE = "adapter_config.json"
-WEIGHTS_FILE = "adapter_model.safetensors"
+app = typer.Typer(help="Adapters: yours, and with an admin key everybody's.", no_args_is_help=True)
+app.command("import")(import_adapters)
 
-app = typer.Typer(help="Your adapters.", no_args_is_help=True)
-Which = Annotated[str, typer.Argument(help="An adapter's id, or its name.")]
+_WHICH = "An adapter's name, its owner/name, or its id; another owner's needs an admin key."
+Which = Annotated[str, typer.Argument(help=_WHICH)]
+Several = Annotated[list[str], typer.Argument(help=_WHICH.replace("An adapter's name", "Adapters: each one's name"))]
 
 
-def _find(client: Client, which: str) -> dict[str, Any]:
-    for adapter in client.get("/v1/adapters")["data"]:
-        if which in (adapter["id"], adapter["name"], adapter["model"]):
-            return adapter
-    raise HubError(f"You have no adapter {which!r}. `adapterhub adapters list` shows yours.")
+class Sort(StrEnum):
+    NAME = "name"
+    LAST_USE = "last_use"
+    BYTES = "bytes"
+    HITS = "hits"
+    CREATED = "created"
+
+
+class Place(StrEnum):
+    DEVICE = "device"
+    RAM = "ram"
+    DISK = "disk"
+    REMOTE = "remote"
 
 
 @app.command("list")
 def list_adapters(
     every: Annotated[bool, typer.Option("--all", help="Every owner's; needs an admin key.")] = False,
+    owner: Annotated[str | None, typer.Option(help="This owner's; needs an admin key.")] = None,
+    name: Annotated[str | None, typer.Option(help="Only those with this in their name.")] = None,
+    tier: Annotated[Place | None, typer.Option(help="Only those that are there now.")] = None,
+    pinned: Annotated[bool | None, typer.Option("--pinned/--not-pinned", help="Only those that are, or are not.")] = (
+        None
+    ),
+    sort: Annotated[Sort, typer.Option(help="What to sort by.")] = Sort.NAME,
+    reverse: Annotated[bool, typer.Option("--reverse", "-r", help="The highest, largest or latest first.")] = False,
+    limit: Annotated[int, typer.Option(min=0, help="How many at most; 0 for all.")] = 100,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
-    """List adapters with their current version and the tier it is in."""
-    found = Client(url, key).get("/admin/adapters" if every else "/v1/adapters")["data"]
-    if not as_json:
-        found = [{**a, "bytes": format_bytes(a["bytes"]), "versions": len(a["versions"])} for a in found]
-    columns = {"Model": "model", "Tier": "tier", "Rank": "rank", "Size": "bytes", "Versions": "versions", "Id": "id"}
-    show(found, as_json, columns)
+    """List adapters with their current version, where it is, and how it is used."""
+    query: dict[str, Any] = {"sort": f"-{sort}" if reverse else str(sort)}
+    given = {"owner": owner, "name": name, "tier": tier, "pinned": pinned}
+    query |= {k: v for k, v in given.items() if v is not None}
+    path = "/admin/adapters" if every or owner is not None else "/v1/adapters"
+    pages = list(Client(url, key).pages(path, limit=limit or None, **query))
+    found = [adapter for page in pages for adapter in page["data"]]
+    if as_json:
+        print_json(found)
+        return
+    show_adapters(found)
+    if pages[-1]["has_more"]:
+        console.print(f"{len(found)} of {pages[-1]['total']}; --limit 0 shows all.")
+
+
+def show_adapters(found: list[dict[str, Any]]) -> None:
+    """As a table."""
+    columns = {
+        "Model": "model",
+        "Tier": "tier",
+        "Size": "bytes",
+        "Rank": "rank",
+        "Versions": "versions",
+        "Hits": "hits",
+        "Loads": "loads",
+        "Last use": "last_used_at",
+        "Pinned": "pinned",
+    }
+    rows = [
+        {
+            **a,
+            "bytes": format_bytes(a["bytes"]),
+            "versions": len(a["versions"]),
+            "last_used_at": ago(a["last_used_at"]),
+            "pinned": a["pinned"] and f"by {a['pinned']}",
+        }
+        for a in found
+    ]
+    show(rows, False, columns, right=("Size", "Rank", "Versions", "Hits", "Loads", "Last use"))
 
 
 @app.command("show")
 def show_adapter(which: Which, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
     """Show one adapter and its versions."""
-    adapter = _find(Client(url, key), which)
+    [(adapter, _)] = find(Client(url, key), [which])
     if as_json:
-        print(json.dumps(adapter, indent=2))
+        print_json(adapter)
         return
+    console.print(f"[bold]{adapter['model']}[/bold]  {adapter['id']}")
+    console.print(f"base {adapter['base']}, current version {adapter['current']}, in tier {adapter['tier']}")
+    pinned = f"pinned by {adapter['pinned']}" if adapter["pinned"] else "not pinned"
+    uses = f"{adapter['hits']} hits, {adapter['loads']} loads, last use {ago(adapter['last_used_at'])}"
+    console.print(f"{uses}, {pinned}")
     versions = [{**v, "bytes": format_bytes(v["bytes"])} for v in adapter["versions"]]
     columns = {"No": "number", "Model": "model", "From": "origin", "Rank": "rank", "Size": "bytes", "Tier": "tier"}
-    show(versions, False, columns, title=f"{adapter['model']} ({adapter['id']}), current {adapter['current']}")
-
-
-@app.command("import")
-def import_adapter(
-    directory: Annotated[Path, typer.Argument(help="A PEFT directory: adapter_config.json and safetensors weights.")],
-    name: Annotated[str | None, typer.Option(help="The adapter's name; by default the directory's.")] = None,
-    as_json: Json = False,
-    url: Url = DEFAULT_URL,
-    key: Key = "",
-) -> None:
-    """Import a PEFT adapter; under a name that exists it becomes the next version."""
-    config, weights = directory / CONFIG_FILE, directory / WEIGHTS_FILE
-    for path in (config, weights):
-        if not path.is_file():
-            pickled = (directory / "adapter_model.bin").exists()
-            hint = " Its weights are a pickle, which is never read: save it as safetensors." if pickled else ""
-            raise HubError(f"{path} does not exist; a PEFT directory needs it.{hint}")
-    with config.open("rb") as first, weights.open("rb") as second:
-        files = {"config": (CONFIG_FILE, first), "weights": (WEIGHTS_FILE, second)}
-        data = {"name": name or directory.resolve().name}
-        imported = Client(url, key).post("/v1/adapters", data=data, files=files)
-    if as_json:
-        print(json.dumps(imported, indent=2))
-        return
-    console.print(f"Imported as [bold]{imported['model']}[/bold], version {imported['versions'][0]['number']}.")
-    for warning in imported["warnings"]:
-        console.print(f"[yellow]warning:[/yellow] {warning}")
+    show(versions, False, columns, right=("No", "Rank", "Size"))
 
 
 @app.command("export")
 def export_adapter(
     which: Which,
-    out: Annotated[Path, typer.Option(help="The directory to write; must not exist.")],
+    out: Annotated[Path, typer.Option(help="What to write: a directory, or a zip if it ends in .zip; must not exist.")],
+    as_json: Json = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
-    """Export the current version as a PEFT directory."""
+    """Export the current version as a PEFT directory, or as a zip of one."""
     if out.exists():
         raise HubError(f"{out} exists already; nothing was written. Choose another --out.")
     client = Client(url, key)
-    archive = client.download(f"/v1/adapters/{_find(client, which)['id']}/download")
-    with zipfile.ZipFile(io.BytesIO(archive)) as files:
-        out.mkdir(parents=True)
-        for filename in (CONFIG_FILE, WEIGHTS_FILE):
-            (out / filename).write_bytes(files.read(filename))
-    console.print(f"Wrote {out}.")
+    [(adapter, route)] = find(client, [which])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{out.name}-", dir=out.parent) as beside:  # whole, or not at all
+        archive = Path(beside) / "download.zip"
+        with archive.open("wb") as file:
+            client.download(f"{route}/download", file)
+        if out.suffix.lower() == ".zip":
+            archive.rename(out)
+        else:
+            directory = Path(beside) / "directory"
+            with zipfile.ZipFile(archive) as files:
+                files.extractall(directory)
+            directory.rename(out)
+    if as_json:
+        print_json({"id": adapter["id"], "model": adapter["model"], "version": adapter["current"], "out": str(out)})
+    else:
+        console.print(f"Wrote {out}.", soft_wrap=True)
+
+
+@app.command()
+def evict(
+    which: Several,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+) -> None:
+    """Take adapters out of memory; the next request loads them again. Needs an admin key."""
+    client = Client(url, key)
+    answers = []
+    for adapter, _ in find(client, which):
+        answers.append(client.post(f"/admin/adapters/{adapter['id']}/evict"))
+        if not as_json:
+            later = "" if answers[-1]["evicted"] else " as soon as the requests that use it have ended"
+            console.print(f"Evicted {adapter['model']}{later}.")
+    if as_json:
+        print_json(answers)
 
 
 @app.command("delete")
-def delete_adapter(which: Which, yes: Yes = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
-    """Delete an adapter with all its versions."""
+def delete_adapters(
+    which: Several, yes: Yes = False, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = ""
+) -> None:
+    """Delete adapters with all their versions. Asks first."""
     client = Client(url, key)
-    adapter = _find(client, which)
-    question = f"Delete {adapter['model']} and its {len(adapter['versions'])} version(s)? This cannot be undone."
-    if not yes and not Confirm.ask(question, default=False):
-        raise typer.Exit(1)
-    client.delete(f"/v1/adapters/{adapter['id']}")
-    console.print(f"Deleted {adapter['model']}.")
+    found = find(client, which)
+    names = ", ".join(adapter["model"] for adapter, _ in found)
+    versions = sum(len(adapter["versions"]) for adapter, _ in found)
+    confirm(f"Delete {names} ({versions} version{'' if versions == 1 else 's'})? This cannot be undone.", yes)
+    answers = []
+    for adapter, route in found:
+        answers.append(client.delete(route))
+        if not as_json:
+            console.print(f"Deleted {adapter['model']}.")
+    if as_json:
+        print_json(answers)
+
+
+class Found(NamedTuple):
+    adapter: dict[str, Any]
+    route: str  # under which the key may ask for it
+
+
+def find(client: Client, which: Sequence[str]) -> list[Found]:
+    """Adapters by name, `owner/name` or id, each once: the key's owner's, and for an admin key by the latter two
+    anybody's. Raises HubError when there is none of a name, before anything is done to the others."""
+    found = {one.adapter["id"]: one for one in (_find(client, w) for w in which)}
+    return list(found.values())
+
+
+def _find(client: Client, which: str) -> Found:
+    owner, _, name = which.rpartition("/")
+    lookups: list[tuple[str, dict[str, str]]] = [("/v1/adapters", {"name": name})]
+    if owner:
+        lookups.append(("/admin/adapters", {"owner": owner, "name": name}))
+    for path, query in lookups:
+        with suppress(Forbidden):  # no admin key: then it is as if it was not there
+            for adapter in client.items(path, **query):
+                if which in (adapter["name"], adapter["model"]):
+                    return Found(adapter, f"{path}/{adapter['id']}")
+    if which.startswith("adapter-"):
+        for path in ("/v1/adapters", "/admin/adapters"):
+            with suppress(NotFound, Forbidden):
+                route = f"{path}/{quote(which, safe='')}"
+                return Found(client.get(route), route)
+    raise HubError(f"You have no adapter {which!r}. `adapterhub adapters list` shows yours.")

@@ -1,18 +1,22 @@
-"""How the command line speaks to a server: one HTTP client, the shared options, and tables or JSON."""
+"""How the command line speaks to a server, and to whoever runs it: one HTTP client, the shared options, tables or JSON,
+and a question before what cannot be undone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import sys
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any
+from typing import Annotated, Any, BinaryIO
 
 import httpx
 import typer
 from rich.console import Console
+from rich.markup import escape
+from rich.prompt import Confirm
 from rich.table import Table
 
-from adapterhub.errors import HubError
+from adapterhub.errors import Forbidden, HubError, NotFound, Unauthorized
 
 Url = Annotated[str, typer.Option("--url", envvar="ADAPTERHUB_URL", help="The server.")]
 Key = Annotated[str, typer.Option("--api-key", envvar="ADAPTERHUB_API_KEY", help="Your API key.", show_default=False)]
@@ -20,11 +24,19 @@ Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a tabl
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")]
 DEFAULT_URL = "http://127.0.0.1:8000"
 
+_PAGE = 1000  # items that one request of a list asks for
+
 console = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+class Unreachable(HubError):
+    """No server answers, or one that is none of ours."""
 
 
 class Client:
-    """Raises HubError with the server's own message, or with what to do when no server answers."""
+    """Raises HubError with the server's own message (Unauthorized, Forbidden and NotFound for what they are), and
+    Unreachable, with what to do, when no server answers."""
 
     def __init__(self, url: str, key: str) -> None:
         if not key:
@@ -38,21 +50,40 @@ class Client:
     def get(self, path: str, **params: Any) -> Any:
         return _json(self._ask("GET", path, params=params))
 
-    def download(self, path: str) -> bytes:
-        return self._ask("GET", path).content
+    def pages(self, path: str, *, limit: int | None = None, **params: Any) -> Iterator[dict[str, Any]]:
+        """The pages of a list one after the other, until `limit` items (None: all) have been seen."""
+        while limit is None or limit > 0:
+            page = self.get(path, limit=_PAGE if limit is None else min(limit, _PAGE), **params)
+            yield page
+            if not page["has_more"]:
+                return
+            limit = None if limit is None else limit - len(page["data"])
+            params["after"] = page["last_id"]
+
+    def items(self, path: str, **params: Any) -> list[dict[str, Any]]:
+        """All items of a list."""
+        return [item for page in self.pages(path, **params) for item in page["data"]]
+
+    def download(self, path: str, out: BinaryIO) -> None:
+        with self._streaming("GET", path) as answer:
+            for chunk in answer.iter_bytes():
+                out.write(chunk)
 
     def post(self, path: str, **body: Any) -> Any:
         return _json(self._ask("POST", path, **body))
+
+    def put(self, path: str, body: Any, **params: Any) -> Any:
+        return _json(self._ask("PUT", path, json=body, params=params))
+
+    def patch(self, path: str, body: Any) -> Any:
+        return _json(self._ask("PATCH", path, json=body))
 
     def delete(self, path: str) -> Any:
         return _json(self._ask("DELETE", path))
 
     def events(self, path: str, body: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
         """The chunks of a streamed answer."""
-        with self._reaching(), self._http.stream("POST", path, json=body) as answer:
-            if answer.is_error:
-                answer.read()
-                raise _error(answer)
+        with self._streaming("POST", path, json=body) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: ") and line != "data: [DONE]":
                     chunk = json.loads(line[6:])
@@ -68,12 +99,20 @@ class Client:
         return answer
 
     @contextmanager
+    def _streaming(self, method: str, path: str, **options: Any) -> Iterator[httpx.Response]:
+        with self._reaching(), self._http.stream(method, path, **options) as answer:
+            if answer.is_error:
+                answer.read()
+                raise _error(answer)
+            yield answer
+
+    @contextmanager
     def _reaching(self) -> Iterator[None]:
         try:
             yield
         except httpx.RequestError as error:
             message = f"No answer from {self._url} ({error}). Is `adapterhub serve` running, and is --url right?"
-            raise HubError(message) from error
+            raise Unreachable(message) from error
 
 
 def _json(answer: httpx.Response) -> Any:
@@ -84,24 +123,48 @@ def _json(answer: httpx.Response) -> Any:
 
 
 def _error(answer: httpx.Response) -> HubError:
+    kinds = {kind.status: kind for kind in (Unauthorized, Forbidden, NotFound)}
     try:
-        return HubError(answer.json()["error"]["message"])
+        return kinds.get(answer.status_code, HubError)(answer.json()["error"]["message"])
     except (ValueError, KeyError, TypeError):
         return _stranger(answer)
 
 
 def _stranger(answer: httpx.Response) -> HubError:
-    return HubError(f"{answer.url} answered {answer.status_code}. Is it an AdapterHub server?")
+    return Unreachable(f"{answer.url} answered {answer.status_code}. Is it an AdapterHub server?")
 
 
-def show(value: Any, as_json: bool, columns: Mapping[str, str], title: str = "") -> None:
-    """A list of objects as a table of `columns` (heading -> field), or as JSON."""
+def show(
+    value: Any, as_json: bool, columns: Mapping[str, str], *, title: str = "", right: Collection[str] = ()
+) -> None:
+    """A list of objects as a table of `columns` (heading -> field), those in `right` set to the right, or as JSON."""
     if as_json:
-        print(json.dumps(value, indent=2, ensure_ascii=False))
+        print_json(value)
         return
     table = Table(title=title or None)
     for heading in columns:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
     for item in value:
-        table.add_row(*("" if item.get(f) is None else str(item[f]) for f in columns.values()))
+        table.add_row(*("" if item.get(f) is None else escape(str(item[f])) for f in columns.values()))
     console.print(table)
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+def print_error(message: str) -> None:
+    """One line on stderr."""
+    stderr.print(f"[red]error:[/red] {escape(' '.join(message.split()))}", soft_wrap=True)
+
+
+def confirm(question: str, yes: bool) -> None:
+    """Goes on if `yes` was given or is answered, and ends the command otherwise. Raises HubError where nobody can be
+    asked."""
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise HubError(f"{question} Nothing was done, as standard input is no terminal to answer on: give --yes.")
+    if not Confirm.ask(escape(question), default=False, console=console):
+        console.print("Nothing was done.")
+        raise typer.Exit(1)

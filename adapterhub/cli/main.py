@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 from adapterhub import __version__
 from adapterhub.cli import adapters, jobs, users
+from adapterhub.cli.client import print_error
 from adapterhub.cli.doctor import doctor
 from adapterhub.cli.serve import serve
 from adapterhub.config import default_data_dir
@@ -64,6 +63,5 @@ def main() -> None:
     try:
         app()
     except (HubError, OSError, sqlite3.Error) as error:
-        line = " ".join(str(error).split())
-        Console(stderr=True, highlight=False).print(f"[red]error:[/red] {escape(line)}", soft_wrap=True)
+        print_error(str(error))
         sys.exit(1)

@@ -1,12 +1,13 @@
 """Lists of adapters: filtered, sorted and paged in SQL, so that a page costs what it shows, not how many there are.
 
-What only the engine knows (where a block is, when it was last used) is no column: `matching` then gives all that the
-columns let through, and the caller joins, sorts and cuts.
+Where a block is and how it is used are no columns: `matching` then gives all that the columns let through, and the
+caller joins, sorts and cuts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import Database
 from adapterhub.swap.registry import Registry, Version
+from adapterhub.swap.uses import NEVER, Used
 
 
 class Order(StrEnum):
@@ -116,6 +118,14 @@ class Catalog:
         for version in self._registry.adapters(list(found)):
             found[version.adapter].append(version)
         return [versions for versions in found.values() if versions]
+
+    def by_adapter(self, used: Mapping[str, Used]) -> dict[str, Used]:
+        """The uses of versions, by id, as those of their adapters."""
+        sql = "select id, adapter from versions where id in (select value from json_each(?))"
+        found: dict[str, Used] = {}
+        for row in self._database.rows(sql, (json.dumps(list(used)),)):
+            found[row["adapter"]] = found.get(row["adapter"], NEVER) + used[row["id"]]
+        return found
 
 
 def _sorted(order: Order, descending: bool) -> str:
