@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import fcntl
 import logging
 import os
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
@@ -22,8 +21,13 @@ from adapterhub.config import Config
 from adapterhub.errors import BadRequest, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
+from adapterhub.swap.disk import DiskTier
+from adapterhub.swap.files import lock_directory
+from adapterhub.swap.mirror import Mirror
+from adapterhub.swap.objects import server_id
 from adapterhub.swap.ref import Use
 from adapterhub.swap.registry import Registry, Version
+from adapterhub.swap.store import Store
 from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
 from adapterhub.train.files import FileStore
@@ -38,27 +42,29 @@ class Hub:
     """Opens the data directory and the engine on a loaded base. Raises BadRequest when another server has it open."""
 
     def __init__(self, config: Config, base: Base) -> None:
-        config.data_dir.mkdir(parents=True, exist_ok=True, mode=0o700)
-        self._lock = os.open(config.data_dir / "lock", os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            os.close(self._lock)
-            raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.") from error
+        lock = lock_directory(config.data_dir)
+        if lock is None:
+            raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.")
+        self._lock = lock
         self.config = config
         self.base = base
         self.codec = TextCodec(base.tokenizer)
         self.database = Database(config.database)
         self.keys = KeyStore(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
-        self.registry = Registry(self.database, config.blobs_dir, config.disk_bytes)
+        store = None
+        if config.store is not None:
+            store = Store.open(config.store, server_id(self.database), config.data_dir)
+        self.disk = DiskTier(config.blobs_dir, config.disk_bytes, store)
+        self.registry = Registry(self.database, self.disk)
+        self.mirror = Mirror(self.database, self.registry.objects, self.disk, store) if store else None
         self.catalog = Catalog(self.database, self.registry)
         self.jobs = JobStore(self.database)
         self._streams: dict[str, asyncio.Queue[Output]] = {}
         self._loop: asyncio.AbstractEventLoop | None = None
         self.trace = Recorder(config.trace_dir)
         self.uses = Uses()
-        self.engine = Engine(base, config, self._deliver, on_use=self._note_use)
+        self.engine = Engine(base, config, self._deliver, disk=self.disk, on_use=self._note_use)
         self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
 
     def start(self) -> None:
@@ -69,6 +75,8 @@ class Hub:
             log.info("removed %d files that an interrupted write had left", removed)
         self._make_admin_key()
         self.trace.start()
+        if self.mirror is not None:
+            self.mirror.start()
         self.engine.start()
         self.worker.start()
 
@@ -76,6 +84,8 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
+        if self.mirror is not None:
+            self.mirror.stop()
         self.database.close()
         os.close(self._lock)
 
