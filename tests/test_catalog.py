@@ -13,6 +13,7 @@ from adapterhub.config import MIB
 from adapterhub.errors import BadRequest
 from adapterhub.swap.catalog import Catalog, Filter, Order
 from adapterhub.swap.database import Database
+from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.registry import Registry
 
 COUNT = 200
@@ -38,7 +39,7 @@ class Shelf:
 def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
     directory = tmp_path_factory.mktemp("catalog")
     database = Database(directory / "hub.db")
-    registry = Registry(database, directory / "blobs", MIB)
+    registry = Registry(database, DiskTier(directory / "blobs", MIB))
     draw = random.Random(1)
     rows: list[dict[str, Any]] = []
     for i in range(COUNT):
