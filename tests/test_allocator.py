@@ -102,15 +102,15 @@ def test_releasing_what_was_not_allocated_is_an_error_and_changes_nothing() -> N
 @pytest.mark.parametrize(
     ("used", "free", "complaint"),
     [
-        ({0: 512}, [(256, 768)], "overlap"),
-        ({0: 256}, [(512, 512)], "gap"),
-        ({}, [(0, 512), (512, 512)], "not merged"),
-        ({0: 0}, [(0, 1024)], "empty"),
-        ({0: 100}, [(100, 924)], "unaligned"),
-        ({0: 256}, [(256, 512)], "end at byte 768"),
+        ({0: 512}, {256: 768}, "overlap"),
+        ({0: 256}, {512: 512}, "gap"),
+        ({}, {0: 512, 512: 512}, "not merged"),
+        ({0: 0}, {0: 1024}, "empty"),
+        ({0: 100}, {100: 924}, "unaligned"),
+        ({0: 256}, {256: 512}, "end at byte 768"),
     ],
 )
-def test_check_integrity_sees_it(used: dict[int, int], free: list[tuple[int, int]], complaint: str) -> None:
+def test_check_integrity_sees_it(used: dict[int, int], free: dict[int, int], complaint: str) -> None:
     allocator = ExtentAllocator(1024)
     allocator._used, allocator._free = used, free
     with pytest.raises(AssertionError, match=complaint):

@@ -86,9 +86,8 @@ def test_what_goes_first_is_what_the_rules_say(
                 uses[key] = now
             else:
                 del rows[key]
-            {"pin": keeper.pin, "evict": keeper.evict, "remove": keeper.remove}.get(
-                event, lambda key, event=event, now=now: getattr(keeper, event)(key, now)
-            )(key)
+            times = [now] if event in ("unpin", "touch", "rest") else []
+            getattr(keeper, event)(key, *times)
         keeper.check_integrity()
         for owner in (None, "ada", "dot"):
             assert list(keeper.victims(owner)) == naive_victims(rows, keeper, owner)

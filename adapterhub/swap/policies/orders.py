@@ -193,11 +193,9 @@ class Sieve(Order):
     def __init__(self) -> None:
         super().__init__()
         self._hand = 0  # the place it comes to next
-        self._places: SortedList = SortedList()
 
     def insert(self, item: Item, now: float, group: Hashable = None) -> None:
         place = self._number()
-        self._places.add(place)
         self._place((False, place, item.key), group)
 
     def touch(self, key: str, now: float) -> None:
@@ -219,9 +217,9 @@ class Sieve(Order):
         self.remove(key)
 
     def remove(self, key: str) -> None:
-        self._places.remove(self._entries[key][1])
         super().remove(key)
-        if not self._places or self._places[-1] < self._hand:
+        newest = next(reversed(self._entries), None)  # a dict keeps the order in which its keys came
+        if newest is None or self._entries[newest][1] < self._hand:
             self._hand = 0
 
     def victims(self, group: Hashable = None) -> Iterator[str]:
