@@ -30,7 +30,7 @@ def main() -> None:
     known = ", ".join(f"{name}" for name in BENCHES)
     parser.add_argument("which", nargs="*", help=f"{known}; default: all")
     parser.add_argument("--vllm", metavar="URL", help="a vLLM server on the same base, with run-time LoRA loading")
-    parser.add_argument("--peft", action="store_true", help="also PEFT's mixed batch, in a process of its own")
+    parser.add_argument("--peft", action="store_true", help="also PEFT, in a process of its own")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
     parser.add_argument("--publish", action="store_true", help="write docs/benchmarks.md")
     options = parser.parse_args()

@@ -29,8 +29,8 @@ STREAMS, TOKENS, ROUNDS = 16, 384, 4
 EVERY_SECONDS = 0.2
 
 
-def run(_: Setting) -> list[Figure]:
-    return [*_from_disk(), *_from_ram(), *_beside_streams()]
+def run(setting: Setting) -> list[Figure]:
+    return [*_from_disk(), *_from_ram(), *_beside_streams(), *setting.peers_coldboot()]
 
 
 def _from_disk() -> list[Figure]:

@@ -1,45 +1,91 @@
 """Tokens per second of 1, 4, 16 and 32 streams, 64 new tokens each: the base alone, one adapter for all, and for each
-stream an adapter of its own (rank 16 on all linears)."""
+stream an adapter of its own (rank 16 on all linears). All contenders take turns; "3x PEFT" is a ratio of medians."""
 
 from __future__ import annotations
 
-import statistics
+from dataclasses import dataclass
+from functools import partial
 
 from figure import Figure
 
 from benchmarks.limits import memory_bandwidth
 from benchmarks.load import Load, Round
-from benchmarks.peers import Setting
-from benchmarks.server import import_adapters, server
+from benchmarks.peers import Peer, Setting, prompt_ids
+from benchmarks.server import Server, import_adapters, server
+from benchmarks.turns import Case, ratios, take_turns
 
 STREAMS = (1, 4, 16, 32)
+PEER_STREAMS = (1, 16)
 TOKENS = 64
 ROUNDS = 3
+BASE, ONE, ALL = "base", "one adapter", "all different"
+
+
+@dataclass(frozen=True)
+class Own:
+    """A case of AdapterHub's, the one on the base alone that it is compared with, and what a token must read."""
+
+    case: Case
+    base: Case
+    bytes_per_token: float
+
+    def note(self, cases: list[Case], bandwidth: float) -> str:
+        own = self.case.median(rate)
+        limit = bandwidth / self.bytes_per_token
+        compared = f"{own / self.base.median(rate):.0%} of base; {own / limit:.0%} of the memory's limit"
+        return "; ".join(filter(None, (ratios(self.case, cases, rate), compared, first_token(self.case))))
 
 
 def run(setting: Setting) -> list[Figure]:
-    figures = []
-    with server() as running:
-        adapters = import_adapters(running, max(STREAMS))
-        models = [a["model"] for a in adapters]
-        load = Load(running.url, running.key)
-        base_bytes = running.tiers()["base"]["bytes"]
-        bandwidth = memory_bandwidth()
-        for streams in STREAMS:
-            alone = 0.0
-            for kind, asked in (("base", [running.base]), ("one adapter", models[:1]), ("all different", models)):
-                rounds = load.rounds(asked, streams, TOKENS, ROUNDS)
-                rate = statistics.median(r.rate for r in rounds)
-                alone = alone or rate
-                distinct = 0 if kind == "base" else min(len(asked), streams)
-                step = (base_bytes + distinct * adapters[0]["bytes"]) / bandwidth
-                note = (
-                    f"{rate / alone:.0%} of base; {rate * step / streams:.0%} of the memory's limit; {_first(rounds)}"
-                )
-                figures.append(Figure.of(f"{streams} streams, {kind}", "tok/s", [r.rate for r in rounds], note))
-    figures.append(Figure.of("memory bandwidth", "GB/s", [bandwidth / 1e9]))
-    return figures + setting.peers_decode(TOKENS, ROUNDS)
+    bandwidths = [memory_bandwidth()]
+    prompt = prompt_ids()
+    with server() as plain, server("--quantize", "int4") as int4, setting.peers(max(PEER_STREAMS)) as peers:
+        own = own_cases(plain, prompt)
+        what, load = named(1, BASE), Load(int4.url, int4.key)
+        case = Case("", what, partial(load.round, [int4.base], TOKENS, prompt), "int4")
+        own.append(Own(case, own[0].base, int4.tiers()["base"]["bytes"]))
+        theirs = [case for peer in peers for case in peer_cases(peer, prompt)]
+        take_turns([*(o.case for o in own), *theirs], ROUNDS)
+    bandwidths.append(memory_bandwidth())
+    notes = [(o.case, o.note(theirs, max(bandwidths))) for o in own]
+    notes += [(case, first_token(case)) for case in theirs]
+    figures = [Figure.of(case.name, "tok/s", case.values(rate), note) for case, note in notes]
+    return [*figures, Figure.of("memory bandwidth", "GB/s", [b / 1e9 for b in bandwidths])]
 
 
-def _first(rounds: list[Round]) -> str:
-    return f"first token {statistics.median(r.first_ms for r in rounds):.0f} ms"
+def own_cases(running: Server, prompt: list[int]) -> list[Own]:
+    adapters = import_adapters(running, max(STREAMS))
+    models = [a["model"] for a in adapters]
+    load, name, size = Load(running.url, running.key), running.base, running.tiers()["base"]["bytes"]
+    cases: list[Own] = []
+    for streams in STREAMS:
+        base: Case | None = None
+        kinds = {BASE: [name] * streams, ONE: models[:1] * streams, ALL: models[:streams]}
+        for kind, asked in kinds.items():
+            if (streams, kind) != (1, ALL):  # which is ONE
+                case = Case("", named(streams, kind), partial(load.round, asked, TOKENS, prompt))
+                base = base or case
+                read = size + len({*asked} - {name}) * adapters[0]["bytes"]
+                cases.append(Own(case, base, read / streams))
+    return cases
+
+
+def first_token(case: Case) -> str:
+    return f"first token {case.median(lambda r: r.first_ms):.0f} ms"
+
+
+def rate(of: Round) -> float:
+    return of.rate
+
+
+def named(streams: int, kind: str) -> str:
+    return f"{streams} stream{'s' if streams > 1 else ''}, {kind}"
+
+
+def peer_cases(peer: Peer, prompt: list[int]) -> list[Case]:
+    cases = []
+    for streams in PEER_STREAMS:
+        kind = ALL if streams > 1 else ONE
+        for what, adapters in ((BASE, [None] * streams), (kind, [*range(streams)])):
+            cases.append(Case(peer.name, named(streams, what), partial(peer.ask, adapters, TOKENS, prompt)))
+    return cases

@@ -61,28 +61,25 @@ class Load:
 
     def rounds(self, models: Sequence[str], streams: int, tokens: int, count: int) -> list[Round]:
         """`count` rounds after one to warm up; stream i asks for models[i % len(models)]."""
+        asked = [models[i % len(models)] for i in range(streams)]
+        return [self.round(asked, tokens) for _ in range(count + 1)][1:]
 
-        async def run() -> list[Round]:
+    def round(self, models: Sequence[str], tokens: int, prompt: Any = PROMPT) -> Round:
+        """One stream for each of `models`, all at once."""
+
+        async def run() -> Round:
             async with self.connect() as client:
-                return [await self._round(client, models, streams, tokens) for _ in range(count + 1)]
-
-        return asyncio.run(run())[1:]
-
-    def connect(self) -> httpx.AsyncClient:
-        return httpx.AsyncClient(**self._options)
-
-    def one(self, model: str, tokens: int, prompt: Any) -> Answer:
-        async def run() -> Answer:
-            async with self.connect() as client:
-                return await complete(client, model, tokens, prompt)
+                started = time.perf_counter()
+                answers = await asyncio.gather(*(complete(client, model, tokens, prompt) for model in models))
+                return Round(list(answers), time.perf_counter() - started)
 
         return asyncio.run(run())
 
-    async def _round(self, client: httpx.AsyncClient, models: Sequence[str], streams: int, tokens: int) -> Round:
-        started = time.perf_counter()
-        asked = (complete(client, models[i % len(models)], tokens) for i in range(streams))
-        answers = await asyncio.gather(*asked)
-        return Round(list(answers), time.perf_counter() - started)
+    def one(self, model: str, tokens: int, prompt: Any) -> Answer:
+        return self.round([model], tokens, prompt).answers[0]
+
+    def connect(self) -> httpx.AsyncClient:
+        return httpx.AsyncClient(**self._options)
 
 
 async def complete(client: httpx.AsyncClient, model: str, tokens: int, prompt: Any = PROMPT) -> Answer:
