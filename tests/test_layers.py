@@ -73,9 +73,15 @@ def test_every_layer_is_there_and_says_what_it_is() -> None:
         assert ast.get_docstring(ast.parse((ROOT / layer / "__init__.py").read_text())), layer
 
 
-def test_policy_and_allocator_know_neither_torch_nor_the_database() -> None:
-    for name in ("policy", "allocator"):
-        assert {m.split(".")[0] for m in imports_of(ROOT / "swap" / f"{name}.py")} <= sys.stdlib_module_names
+def test_what_decides_knows_neither_torch_nor_the_database() -> None:
+    decide = [*(ROOT / "swap" / "policies").glob("*.py")]
+    decide += [ROOT / "swap" / f"{name}.py" for name in ("allocator", "windows", "room", "residency", "ref")]
+    for path in decide:
+        packages = {m.split(".")[0] for m in imports_of(path)} - sys.stdlib_module_names
+        assert packages <= {"adapterhub", "sortedcontainers"}, path
+        inner = {m for m in imports_of(path) if m.startswith("adapterhub.")}
+        allowed = {module_of(p) for p in decide} | {"adapterhub.errors", "adapterhub.swap.policies"}
+        assert inner <= allowed, path
 
 
 WITHOUT_WEB = """

@@ -132,7 +132,13 @@ def caches(*both: Base) -> list[KVCache]:
     return [KVCache(base.kv_shapes, 1 << 20, base.dtype, CPU) for base in both]
 
 
-def batch(kv: KVCache, lengths: list[int], contexts: list[int], adapters: list[InPool | None]) -> Batch:
+def batch(
+    kv: KVCache,
+    lengths: list[int],
+    contexts: list[int],
+    adapters: list[InPool | None],
+    pool: torch.Tensor | None = None,
+) -> Batch:
     tokens: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -146,7 +152,7 @@ def batch(kv: KVCache, lengths: list[int], contexts: list[int], adapters: list[I
         tokens += [(7 * i + 11 * p) % VOCABULARY for p in where]
         positions += where
         slots += [blocks[p // KV_BLOCK] * KV_BLOCK + p % KV_BLOCK for p in where]
-    return Batch(torch.tensor(tokens), torch.tensor(positions), spans, segments, kv, torch.tensor(slots))
+    return Batch(torch.tensor(tokens), torch.tensor(positions), spans, segments, kv, torch.tensor(slots), pool)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -162,12 +168,12 @@ def test_a_step_is_the_models_own_forward(family: str, isa: Isa) -> None:
         in_pool(pool, 1 << 16, some, served.layout, 16, seed=2),
     ]
     kv, kv_exact, kv_torch = caches(served, exact, served)
-    decoder = NativeDecoder(served, kv, pool, isa)
+    decoder = NativeDecoder(served, kv, isa)
     steps = [([20, 37, 1], [20, 37, 1]), ([1, 1, 30], [21, 38, 31]), ([1, 1, 1], [22, 39, 32])]
     with torch.no_grad():
         for lengths, contexts in steps:  # prompts, then a prompt's second chunk beside decoding, then decoding alone
             ends = torch.tensor(lengths).cumsum(0) - 1
-            found = decoder.logits(batch(kv, lengths, contexts, adapters), ends)
+            found = decoder.logits(batch(kv, lengths, contexts, adapters, pool), ends)
             expected = exact.logits(batch(kv_exact, lengths, contexts, adapters), ends)
             rounded = served.logits(batch(kv_torch, lengths, contexts, adapters), ends).float()
             # as near to the truth as torch's own bf16 forward, which rounds more often
@@ -179,11 +185,11 @@ def test_a_mixed_batch_is_each_sequence_alone() -> None:
     pool = torch.zeros(1 << 17, dtype=torch.bfloat16)
     adapters = [in_pool(pool, i << 13, served.layout, served.layout, 4, seed=i) for i in range(5)] + [None]
     kv, alone = caches(served, served)
-    decoder, other = NativeDecoder(served, kv, pool), NativeDecoder(served, alone, pool)
+    decoder, other = NativeDecoder(served, kv), NativeDecoder(served, alone)
     lengths = [3, 9, 1, 17, 2, 5]
     ends = torch.tensor(lengths).cumsum(0) - 1
     with torch.no_grad():
-        together = decoder.logits(batch(kv, lengths, lengths, adapters), ends)
+        together = decoder.logits(batch(kv, lengths, lengths, adapters, pool), ends)
         whole = batch(alone, lengths, lengths, adapters)
         for i, span in enumerate(whole.spans):
             rows = span.rows
@@ -195,6 +201,7 @@ def test_a_mixed_batch_is_each_sequence_alone() -> None:
                 segments,
                 alone,
                 whole.slots[rows].contiguous(),
+                pool,
             )
             assert torch.equal(other.logits(one, torch.tensor([span.length - 1]))[0], together[i])
 
@@ -207,11 +214,11 @@ def test_the_whole_team_works_on_every_step() -> None:
     torch_threads = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
-        decoder = NativeDecoder(served, kv, torch.zeros(1, dtype=torch.bfloat16))
+        decoder = NativeDecoder(served, kv)
     finally:
         torch.set_num_threads(torch_threads)
     [member] = threads() - others
-    rows = batch(kv, [16] * 8, [60] * 8, [None] * 8)
+    rows = batch(kv, [16] * 8, [60] * 8, [None] * 8, torch.zeros(1, dtype=torch.bfloat16))
     shares = []
     with torch.no_grad():
         for _ in range(100):  # where the machine has other work, it is a while until both have a core to themselves
@@ -242,11 +249,11 @@ def test_the_torch_path_shares_the_merged_weights() -> None:
     served, _ = bases("qwen2")
     before = {name: parameter.clone() for name, parameter in served.model.named_parameters()}
     kv, again = caches(served, served)
-    NativeDecoder(served, kv, torch.zeros(1, dtype=torch.bfloat16))
+    NativeDecoder(served, kv)
     attention = served.model.model.layers[0].self_attn
     memory = {linear.weight.untyped_storage().data_ptr() for linear in (attention.q_proj, attention.v_proj)}
     assert len(memory) == 1
-    NativeDecoder(served, again, torch.zeros(1, dtype=torch.bfloat16))
+    NativeDecoder(served, again)
     assert attention.q_proj.weight.untyped_storage().data_ptr() in memory  # a second engine merges nothing anew
     assert all(torch.equal(before[name], parameter) for name, parameter in served.model.named_parameters())
 

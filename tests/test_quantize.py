@@ -71,10 +71,10 @@ def test_a_native_step_on_a_quantized_base_is_its_torch_forward(precision: Preci
     pool = torch.zeros(1 << 16, dtype=torch.bfloat16)
     adapters = [in_pool(pool, 0, served.layout, served.layout, 5, seed=1), None]
     kv, kv_torch, kv_exact = caches(served, served, exact)
-    decoder = NativeDecoder(served, kv, pool)
+    decoder = NativeDecoder(served, kv)
     ends = torch.tensor([12, 33])
     with torch.no_grad():
-        found = decoder.logits(batch(kv, [13, 21], [13, 21], adapters), ends)
+        found = decoder.logits(batch(kv, [13, 21], [13, 21], adapters, pool), ends)
         rounded = served.logits(batch(kv_torch, [13, 21], [13, 21], adapters), ends).float()
         expected = exact.logits(batch(kv_exact, [13, 21], [13, 21], adapters), ends)
     assert (found - expected).norm() <= 1.5 * (rounded - expected).norm()

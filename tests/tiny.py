@@ -261,7 +261,7 @@ class Machine:
     def forward(self, *work: Work) -> list[torch.Tensor]:
         """One forward; the logits of all tokens of each work."""
         with torch.no_grad():
-            batch = Runner(self.base, self.kv, self.tiers.pool.tensor).batch(list(work))
+            batch = Runner(self.base, self.kv, self.tiers.pool).batch(list(work))
             logits = self.base.logits(batch, torch.arange(len(batch.tokens)))
         for w in work:
             w.sequence.computed += w.tokens

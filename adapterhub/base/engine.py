@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from itertools import islice
 from queue import Empty, SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
@@ -33,12 +34,16 @@ from adapterhub.errors import (
     Unavailable,
 )
 from adapterhub.swap.disk import DiskTier
+from adapterhub.swap.policies import Rules
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef, Tier, Use
+from adapterhub.swap.residency import Plan
 from adapterhub.swap.tiers import Tiers
 
 log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
+_AHEAD = 3  # times the largest batch: how far into the queue adapters are read ahead
+_HINTS = 256  # the oldest are forgotten
 Result = TypeVar("Result")
 
 
@@ -65,6 +70,7 @@ class Engine:
         on_output: Callable[[list[Output]], None],
         *,
         disk: DiskTier | None = None,
+        rules: Rules | None = None,
         on_use: Callable[[Use], None] | None = None,
     ) -> None:
         """`disk` is where blocks come from, by default the directory of `config`."""
@@ -83,14 +89,16 @@ class Engine:
             ram_bytes=self.budgets.ram,
             load_threads=config.load_threads,
             wake=lambda: self._inbox.put(lambda: None),
+            rules=rules,
         )
-        self._runner = Runner(base, self.kv, self.tiers.pool.tensor)
+        self._runner = Runner(base, self.kv, self.tiers.pool)
         self._train_threads = self._torch_threads = torch.get_num_threads()
         # the native step has threads of its own; torch's would keep the cores busy for the little that is left
         self._serve_threads = 1 if self._runner.native else self._train_threads
         self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
         self._idle_work: deque[IdleWork] = deque()
+        self._hints: deque[AdapterRef] = deque(maxlen=_HINTS)  # what somebody may ask for soon
         self._served = self._trained = 0.0  # seconds, since both sides last wanted the device
         self._steps = self._tokens = 0
         self._live = 0  # requests that have not ended
@@ -151,9 +159,49 @@ class Engine:
         """The engine's spare time is `work`'s, after what was started before it is done."""
         self._inbox.put(lambda: self._idle_work.append(work))
 
-    def evict(self, digest: str) -> Future[bool]:
-        """Takes a block off the device and out of RAM; False when it must wait for the requests that use it."""
-        return self._ask(lambda: self.tiers.evict(digest))
+    def evict(self, digest: str, tier: Tier | None = None) -> Future[bool]:
+        """Takes a block off the device, out of RAM, or both; False when it must wait for the requests that use it."""
+        return self._ask(lambda: self.tiers.evict(digest, tier))
+
+    def pin(self, digest: str, pinned: bool) -> Future[None]:
+        """Keeps a block in memory where it is now, or no longer. Those that are loaded later say so themselves."""
+        return self._ask(lambda: self.tiers.pin(digest, pinned))
+
+    def prefetch(self, adapter: AdapterRef) -> None:
+        """A hint: the adapter is brought to the device when nothing else is to be read, if there is room without taking
+        anything from what is in use or comes next in the queue. Never fails."""
+        self._inbox.put(lambda: self._hints.append(adapter))
+
+    def set_budgets(self, device: int | None = None, ram: int | None = None) -> Future[None]:
+        """Changes the device's and the RAM's budget, in bytes, while requests run; None leaves one as it is.
+
+        What no longer fits is evicted. Fails with BadRequest, and changes nothing, when what is pinned or in use would
+        not fit.
+        """
+        done: Future[None] = Future()
+
+        def finish(changed: Future[None]) -> None:
+            if (error := changed.exception()) is not None:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        def change() -> None:
+            try:
+                self.tiers.set_budgets(device, ram).add_done_callback(finish)
+            except HubError as error:
+                done.set_exception(error)
+
+        self._post(change)
+        return done
+
+    def set_rules(self, rules: Rules) -> Future[None]:
+        """For the device and RAM, at once; what they let go of, goes."""
+        return self._ask(lambda: self.tiers.set_rules(rules))
+
+    def plan(self, rules: Rules | None = None, device: int | None = None, ram: int | None = None) -> Future[Plan]:
+        """What `set_rules` or `set_budgets` would evict now. Fails with BadRequest as they do."""
+        return self._ask(lambda: self.tiers.plan(rules, device, ram))
 
     def tiers_of(self, digests: list[str]) -> Future[list[Tier]]:
         return self._ask(lambda: [self.tiers.tier_of(d) for d in digests])
@@ -190,7 +238,8 @@ class Engine:
             self._drain()
             self.tiers.poll()
             self._sweep()
-            self._pin_ahead()
+            if self._pin_ahead():
+                self._prefetch()
             return self._step() or self._train()
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
@@ -199,7 +248,8 @@ class Engine:
     def _sleep(self) -> None:
         """Until something is in the inbox, or it is time to look at deadlines."""
         with contextlib.suppress(Empty):
-            self._inbox.get(timeout=self._sweep_seconds if self._live else None)()
+            sweeps = self._live or self.tiers.has_ttl
+            self._inbox.get(timeout=self._sweep_seconds if sweeps else None)()
 
     def _drain(self) -> None:
         """Runs what others asked for."""
@@ -211,11 +261,12 @@ class Engine:
             action()
 
     def _sweep(self) -> None:
-        """Ends what is over its deadline."""
+        """Ends what is over its deadline, and lets go of adapters that were unused for too long."""
         now = time.monotonic()
         if now < self._next_sweep:
             return
         self._next_sweep = now + self._sweep_seconds
+        self.tiers.expire()
         seconds = self._request_seconds
         late = self._scheduler.find(lambda s: now - s.arrived > seconds)
         message = (
@@ -223,19 +274,34 @@ class Engine:
         )
         self._fail(late, DeadlineExceeded(message))
 
-    def _pin_ahead(self) -> None:
-        """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere."""
+    def _pin_ahead(self) -> bool:
+        """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere.
+        False when there is no room for one of them until others release theirs."""
         for sequence in self._scheduler.look_ahead():
             adapter = sequence.request.adapter
             try:
                 if adapter is not None and sequence.hold is None:
                     sequence.hold = self.tiers.acquire(adapter)
-                    if sequence.hold is None:  # no room until others release; who came first is served first
-                        return
+                    if sequence.hold is None:  # who came first is served first
+                        return False
                 if sequence.hold is not None and sequence.hold.error is not None:
                     raise sequence.hold.error
             except HubError as error:
                 self._fail([sequence], error)
+        return True
+
+    def _prefetch(self) -> None:
+        """Reads ahead, while the readers have nothing else to do: what is asked for further back in the queue, then
+        what was hinted at. It takes nothing from those who come sooner."""
+        sooner: set[str] = set()
+        if self.tiers.readers_idle and self._scheduler.num_waiting:
+            batch = self._scheduler.max_batch
+            for sequence in islice(self._scheduler.waiting(), batch, _AHEAD * batch):
+                if (adapter := sequence.request.adapter) is not None:
+                    self.tiers.prefetch(adapter, sooner)
+                    sooner.add(adapter.digest)
+        while self._hints and self.tiers.readers_idle:
+            self.tiers.prefetch(self._hints.popleft(), sooner)
 
     def _step(self) -> bool:
         """One step of serving; False if there was nothing to do, or if it is the training job's turn."""

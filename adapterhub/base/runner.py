@@ -13,7 +13,8 @@ from adapterhub.base.native.decoder import NativeDecoder, supports
 from adapterhub.base.request import Token
 from adapterhub.base.sampler import sample
 from adapterhub.base.scheduler import Sequence, Work
-from adapterhub.swap.tiers import Hold
+from adapterhub.swap.hold import Hold
+from adapterhub.swap.pool import Pool
 
 
 class Outcome(NamedTuple):
@@ -25,12 +26,12 @@ class Outcome(NamedTuple):
 
 
 class Runner:
-    """Runs steps on one base, with one KV cache and one pool [elements]: natively where the base's family is known."""
+    """Runs steps on one base, with one KV cache and one pool: natively where the base's family is known."""
 
-    def __init__(self, base: Base, kv: KVCache, pool: torch.Tensor) -> None:
+    def __init__(self, base: Base, kv: KVCache, pool: Pool) -> None:
         self.base, self.kv, self.pool = base, kv, pool
         self.native = supports(base)
-        self._logits = NativeDecoder(base, kv, pool).logits if self.native else base.logits
+        self._logits = NativeDecoder(base, kv).logits if self.native else base.logits
 
     def run(self, work: list[Work]) -> list[Outcome]:
         """One step: one forward over all rows of `work`, and a token for each sequence whose prompt is through."""
@@ -64,7 +65,7 @@ class Runner:
             segments=_segments([w.sequence for w in work], spans),
             kv=self.kv,
             slots=torch.tensor(slots, device=self.base.device),
-            pool=self.pool,
+            pool=self.pool.tensor,
         )
 
 

@@ -26,7 +26,7 @@ from adapterhub.base.batch import KV_BLOCK
 from adapterhub.base.blocks import chain
 from adapterhub.base.kv import KVCache
 from adapterhub.base.request import Request
-from adapterhub.swap.tiers import Hold
+from adapterhub.swap.hold import Hold
 
 
 @dataclass(eq=False)

@@ -44,11 +44,11 @@ def supports(base: Base) -> bool:
 class NativeDecoder:
     """Holds the C structures that point into the model's weights and the KV cache. One per engine."""
 
-    def __init__(self, base: Base, kv: KVCache, pool: torch.Tensor, isa: Isa | None = None) -> None:
+    def __init__(self, base: Base, kv: KVCache, isa: Isa | None = None) -> None:
         built = library()
         assert built is not None, "check `supports` first"
         self._library = built
-        self._base, self._kv, self._pool = base, kv, pool
+        self._base, self._kv = base, kv
         decoder: Any = base.model.model
         config = base.model.config
         self._embed, self._rotary = decoder.embed_tokens, decoder.rotary_emb
@@ -95,6 +95,7 @@ class NativeDecoder:
         wanted = rows.int()
         logits = torch.empty(len(rows), self._vocabulary)
         assert batch.slots is not None
+        assert batch.pool is not None
         segments = (Segment * len(batch.segments))(*map(segment, batch.segments))
         step = Step(
             tokens=count,
@@ -105,7 +106,7 @@ class NativeDecoder:
             contexts=address(contexts),
             tables=address(tables),
             table_at=address(table_at),
-            pool=address(self._pool),
+            pool=address(batch.pool),
             segments=segments,
             num_segments=len(batch.segments),
             rows=address(wanted),
