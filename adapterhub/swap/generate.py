@@ -30,7 +30,8 @@ def zipf(adapters: int, requests: int, skew: float, seed: int = 0) -> NDArray[np
 
 def power(adapters: int, requests: int, alpha: float, seed: int = 0) -> NDArray[np.int64]:
     """[requests] indices below `adapters`, as S-LoRA chooses them: the smaller `alpha`, the more skewed."""
-    return (np.random.default_rng(seed).power(alpha, requests) * adapters).astype(np.int64)
+    drawn = np.random.default_rng(seed).power(alpha, requests)  # up to 1, which rounding may give
+    return np.minimum(drawn * adapters, adapters - 1).astype(np.int64)
 
 
 def arrivals(requests: int, rate: float = RATE, cv: float = CV, seed: int = 1) -> NDArray[np.float64]:
