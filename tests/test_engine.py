@@ -23,6 +23,7 @@ from transformers import LlamaConfig, PreTrainedModel
 from adapterhub.base.model import Base
 from adapterhub.base.request import Finish, Output
 from adapterhub.errors import (
+    BadRequest,
     BlockDamaged,
     ContextLengthExceeded,
     DeadlineExceeded,
@@ -31,7 +32,8 @@ from adapterhub.errors import (
     Unavailable,
 )
 from adapterhub.swap.block import Block, block_path
-from adapterhub.swap.ref import AdapterRef, Tier
+from adapterhub.swap.policies import Policy, Rules, TierRules
+from adapterhub.swap.ref import AdapterRef, Tier, Use
 from tests.tiny import (
     GROUPED,
     Client,
@@ -473,6 +475,105 @@ def test_evicting_an_adapter_in_use_waits_for_its_last_request(town: Town) -> No
         assert client.engine.tiers_of([ref.digest]).result(5) == [Tier.DISK]
         assert client.engine.evict(ref.digest).result(5) is True
         assert client.ask(prompt_of(8), ref) == greedy(town.oracles[2], prompt_of(8), 8)
+
+
+def test_a_hint_brings_an_adapter_before_it_is_asked_for(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        client.engine.prefetch(town.refs[3])
+        while client.engine.tiers_of([town.refs[3].digest]).result(5) != [Tier.DEVICE]:
+            pass
+        first = client.wait_for(client.submit("one", prompt_of(4), town.refs[3]))[0]
+        assert first.origin is not None
+        assert first.origin.tier is Tier.DEVICE
+        client.engine.prefetch(AdapterRef("gone", "gone", 4))  # never fails
+        assert client.ask(prompt_of(4), town.refs[3]) == greedy(town.oracles[3], prompt_of(4), 8)
+
+
+def test_adapters_of_those_far_back_in_the_queue_are_read_ahead(town: Town) -> None:
+    with serving(town.base, town.directory, max_batch=1) as client:
+        client.submit("running", prompt_of(4), max_tokens=200)
+        names = [client.submit(str(user), prompt_of(5), town.refs[user]) for user in range(3)]
+        wanted = [town.refs[user].digest for user in range(3)]
+        while client.engine.tiers_of(wanted).result(5) != [Tier.DEVICE] * 3:
+            assert not any(o.last for o in client.heard("running"))
+        for user, name in enumerate(names):
+            assert client.tokens(name) == greedy(town.oracles[user], prompt_of(5), 8)
+
+
+def test_each_use_is_told_once_with_where_the_adapter_was(town: Town) -> None:
+    uses: list[Use] = []
+    ref = town.refs[1]._replace(owner="ada")
+    with serving(town.base, town.directory) as client:
+        client.engine._on_use = uses.append
+        for _ in range(2):
+            client.ask(prompt_of(4), ref)
+        client.ask(prompt_of(4))
+    assert [(use.version, use.owner, use.nbytes, use.tier) for use in uses] == [
+        (ref.version, "ada", ref.nbytes, Tier.DISK),
+        (ref.version, "ada", ref.nbytes, Tier.DEVICE),
+    ]
+    assert uses[0].load_ms > uses[1].load_ms == 0
+
+
+def test_an_operator_pins_plans_and_changes_rules_and_budgets_while_it_runs(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        for ref in town.refs[:3]:
+            client.ask(prompt_of(4), ref)
+        digests = [ref.digest for ref in town.refs[:3]]
+        client.engine.pin(digests[0], True).result(5)
+        assert [d for d, _ in client.engine.plan(device=town.refs[0].nbytes + 256).result(5).device] == digests[1:]
+        client.engine.set_rules(Rules(device=TierRules(ttl_seconds=1e-9))).result(5)
+        assert client.engine.tiers_of(digests).result(5) == [Tier.DEVICE, Tier.DISK, Tier.DISK]
+        with pytest.raises(BadRequest, match="pinned or in use"):
+            client.engine.set_budgets(device=256).result(5)
+        client.engine.set_budgets(device=2 * 1024**2, ram=1024**2).result(5)
+        stats = client.engine.stats().result(5)["tiers"]
+        assert (stats["device"]["budget_bytes"], stats["ram"]["budget_bytes"]) == (2 * 1024**2, 1024**2)
+        assert client.ask(prompt_of(4), town.refs[0]) == greedy(town.oracles[0], prompt_of(4), 8)
+
+
+def test_what_was_unused_for_too_long_goes_although_nobody_asks(town: Town) -> None:
+    with serving(town.base, town.directory, request_seconds=0.05) as client:
+        client.engine.set_rules(Rules(device=TierRules(ttl_seconds=0.02))).result(5)
+        client.ask(prompt_of(1), town.refs[0], max_tokens=1)
+        while client.engine.tiers_of([town.refs[0].digest]).result(5) != [Tier.DISK]:
+            time.sleep(0.01)
+
+
+@pytest.mark.parametrize("kind", ["torch", "native"])
+def test_answers_stay_right_while_blocks_move_and_budgets_change(town: Town, tmp_path: Path, kind: str) -> None:
+    base, refs = town.base, town.refs
+    if kind == "native":  # sixteen bits
+        base = serving_twin(tiny_model("llama").bfloat16())
+        blocks = [encoded(saved(oracle, tmp_path / f"{i}"), base) for i, oracle in enumerate(town.oracles)]
+        refs = [stored(block, tmp_path / "blobs") for block in blocks]
+    directory = town.directory if kind == "torch" else tmp_path
+    sizes = sorted(ref.nbytes + 256 for ref in refs)
+    choose = random.Random(1)
+    asked = [
+        (str(i), prompt_of(choose.randint(1, 30), i), choose.choice(refs), choose.randint(8, 40)) for i in range(120)
+    ]
+    with serving(base, directory) as client:
+        alone = {name: client.ask(prompt, ref, max_tokens=count) for name, prompt, ref, count in asked}
+    with serving(base, directory, device_bytes=sum(sizes[-3:]), max_batch=4) as client:
+        changes = []
+        for name, prompt, ref, count in asked:
+            client.submit(name, prompt, ref, max_tokens=count)
+            if choose.random() < 0.3:
+                budget = choose.choice([sum(sizes[-3:]), sum(sizes[-4:]) + sizes[0], sum(sizes[:-1])])
+                changes.append(client.engine.set_budgets(device=budget, ram=choose.choice([0, sizes[-1]])))
+            if choose.random() < 0.3:
+                client.wait_for(name, choose.randint(1, 6))
+            if choose.random() < 0.2:
+                client.engine.set_rules(Rules(device=TierRules(choose.choice(list(Policy)))))
+            if choose.random() < 0.2:
+                client.check_integrity()
+        for name, expected in alone.items():
+            assert client.tokens(name) == expected
+        outcomes = [change.exception(5) for change in changes]
+        assert all(error is None or isinstance(error, BadRequest) for error in outcomes)
+        assert None in outcomes
+        assert client.engine.stats().result(5)["tiers"]["device"]["moved_bytes"] > 0
 
 
 # -- failures and the end

@@ -6,6 +6,7 @@ can be looked at while they are on their way.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import threading
@@ -16,11 +17,14 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from adapterhub.errors import BlockDamaged, Unavailable, WrongBase
+from adapterhub.errors import BadRequest, BlockDamaged, Unavailable, WrongBase
 from adapterhub.swap.block import Block, block_path, write_block
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.hold import Hold
+from adapterhub.swap.policies import OwnerRule, Policy, Rules, TierRules
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef, Tier
 from adapterhub.swap.tiers import Tiers
@@ -98,6 +102,9 @@ class Store:
         assert isinstance(hold.error, BlockDamaged)
         self.tiers.release(hold)
         pipe.unlink()
+
+    def free(self) -> int:
+        return self.tiers.residency.allocator.free_bytes
 
     def on_device(self) -> set[str]:
         return {d for d in self.blocks if self.tiers.tier_of(d) is Tier.DEVICE}
@@ -410,7 +417,288 @@ def test_what_is_evicted_on_its_way_is_not_kept_in_ram(tmp_path: Path) -> None:
         assert store.tiers.tier_of(ref.digest) is Tier.DISK
 
 
+def test_an_operator_may_evict_from_one_tier_alone(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=2, ram=2) as store:
+        ref = store.put(1)
+        store.use(ref)
+        assert store.tiers.evict(ref.digest, Tier.DEVICE)
+        assert store.tiers.tier_of(ref.digest) is Tier.RAM
+        assert store.use(ref).tier is Tier.RAM
+        assert store.tiers.evict(ref.digest, Tier.RAM)
+        assert store.tiers.stats()["ram"]["adapters"] == 0
+        assert store.tiers.tier_of(ref.digest) is Tier.DEVICE
+
+
+# -- moving
+
+
+def test_blocks_in_use_are_moved_together_and_their_holds_follow(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=5) as store:
+        refs = [store.put(seed) for seed in range(5)]
+        holds = [store.load(ref) for ref in refs]
+        seen = [hold.factors for hold in holds]  # a step has looked at them
+        for i in (0, 2):
+            store.tiers.release(holds[i])
+        large = store.load(store.put(9, rank=12))
+        assert store.on_device() == {refs[i].digest for i in (1, 3, 4)} | {large.resident.digest}
+        for hold in (holds[1], holds[3], holds[4], large):
+            store.check(hold)
+        assert store.tiers.counters.moved_bytes == 504
+        assert [holds[i].factors is seen[i] for i in (1, 3, 4)] == [False, True, True]
+        for hold in (holds[1], holds[3], holds[4], large):
+            store.tiers.release(hold)
+
+
+def test_offsets_say_where_a_moved_block_lies(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=3) as store:
+        refs = [store.put(seed) for seed in range(2)]
+        store.use(refs[0])
+        hold = store.load(refs[1])
+        before = hold.offsets.clone()
+        other = store.load(store.put(9, rank=12))
+        moved = torch.where(before >= 0, before - SIZE // 2, before)
+        assert torch.equal(hold.offsets, moved)
+        for each in (hold, other):
+            store.check(each)
+            store.tiers.release(each)
+
+
+# -- pins, rules and budgets
+
+
+def test_what_is_pinned_stays_and_may_go_once_it_is_unpinned(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=2, ram=2) as store:
+        pinned, *others = (store.put(seed) for seed in range(4))
+        store.use(pinned._replace(pinned=True))
+        for ref in others:
+            store.use(ref)
+        assert pinned.digest in store.on_device()
+        store.tiers.pin(pinned.digest, False)
+        for ref in others[:2]:
+            store.use(ref)
+        assert pinned.digest not in store.on_device()
+        store.tiers.pin(others[1].digest, True)
+        for ref in (pinned, others[0], others[2]):
+            store.use(ref)
+        assert others[1].digest in store.on_device()
+        assert store.tiers.stats()["device"]["pinned"] == 1
+
+
+def test_rules_set_live_let_go_at_once_of_what_they_do_not_allow(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=4, ram=4) as store:
+        ada, bob = [store.put(s)._replace(owner="ada") for s in (1, 2)], store.put(3)._replace(owner="bob")
+        for ref in (*ada, bob):
+            store.use(ref)
+        rules = Rules(device=TierRules(owners={"ada": OwnerRule(ceiling_bytes=SIZE)}))
+        planned = [(ada[0].digest, SIZE)]
+        assert store.tiers.plan(rules, None, None).device == planned
+        assert len(store.on_device()) == 3, "a plan changes nothing"
+        store.tiers.set_rules(rules)
+        assert store.on_device() == {ada[1].digest, bob.digest}
+        assert store.use(ada[0]).tier is Tier.RAM
+        assert store.on_device() == {ada[0].digest, bob.digest}, "who is over their ceiling takes their own place"
+
+
+def test_what_is_unused_for_too_long_goes_from_each_tier_but_not_while_it_is_used(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=4, ram=4) as store:
+        used, unused, kept = (store.put(seed) for seed in range(3))
+        hold = store.load(used)
+        store.use(unused)
+        store.use(kept._replace(pinned=True))
+        store.tiers.set_rules(Rules(device=TierRules(ttl_seconds=1e-9)))
+        store.tiers.expire()
+        assert store.on_device() == {used.digest, kept.digest}
+        store.tiers.set_rules(Rules(ram=TierRules(ttl_seconds=1e-9)))
+        assert [store.tiers.tier_of(ref.digest) for ref in (used, unused, kept)] == [
+            Tier.DEVICE,
+            Tier.DISK,
+            Tier.DEVICE,
+        ]
+        store.tiers.release(hold)
+
+
+def test_a_smaller_pool_keeps_what_was_used_last_and_what_is_in_use(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=6) as store:
+        refs = [store.put(seed) for seed in range(6)]
+        hold = store.load(refs[0])
+        for ref in refs[1:]:
+            store.use(ref)
+        store.tiers.set_budgets(3 * SIZE, None).result(0)
+        assert store.tiers.pool.tensor.nbytes == 3 * SIZE
+        assert store.on_device() == {refs[i].digest for i in (0, 4, 5)}
+        store.check(hold)
+        for i in (4, 5):
+            assert store.use(refs[i]).tier is Tier.DEVICE
+        store.tiers.release(hold)
+
+
+def test_a_larger_pool_keeps_everything_and_takes_more(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=2) as store:
+        refs = [store.put(seed) for seed in range(4)]
+        for ref in refs[:2]:
+            store.use(ref)
+        store.tiers.set_budgets(4 * SIZE, None).result(0)
+        assert [store.use(ref).tier for ref in refs] == [Tier.DEVICE, Tier.DEVICE, Tier.DISK, Tier.DISK]
+        assert len(store.on_device()) == 4
+
+
+def test_ram_can_be_given_and_taken_while_it_runs(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=1) as store:
+        a, b = store.put(1), store.put(2)
+        store.tiers.set_budgets(None, 2 * 504).result(0)
+        assert [store.use(ref).tier for ref in (a, b, a)] == [Tier.DISK, Tier.DISK, Tier.RAM]
+        store.tiers.set_budgets(None, 0).result(0)
+        assert store.use(b).tier is Tier.DISK
+        assert store.tiers.stats()["ram"]["used_bytes"] == 0
+
+
+def test_a_budget_too_small_for_what_must_stay_is_refused_and_changes_nothing(store: Store) -> None:
+    hold = store.load(store.put(1))
+    store.use(store.put(2)._replace(pinned=True))
+    with pytest.raises(BadRequest, match=r"1.0 KiB on the device"):
+        store.tiers.set_budgets(SIZE, None)
+    assert store.tiers.stats()["device"]["budget_bytes"] == 4 * SIZE
+    assert len(store.on_device()) == 2
+    store.check(hold)
+    store.tiers.release(hold)
+
+
+def test_a_change_of_budgets_waits_for_what_is_on_its_way(store: Store) -> None:
+    ref, late = store.put(1), store.put(2)
+    with store.reader_held_up():
+        hold = store.tiers.acquire(ref)
+        changed = store.tiers.set_budgets(2 * SIZE, None)
+        assert not changed.done()
+        assert store.tiers.acquire(late) is None, "nothing else is begun"
+        with pytest.raises(BadRequest, match="already"):
+            store.tiers.set_budgets(3 * SIZE, None)
+    store.arrivals(1)
+    changed.result(0)
+    assert hold is not None
+    store.check(hold)
+    store.use(late)
+    store.tiers.release(hold)
+    assert store.tiers.stats()["device"]["budget_bytes"] == 2 * SIZE
+
+
+# -- reading ahead
+
+
+def test_what_is_read_ahead_is_there_when_it_is_asked_for(store: Store) -> None:
+    ref = store.put(1)
+    store.tiers.prefetch(ref, ())
+    store.arrivals(1)
+    assert store.use(ref).tier is Tier.DEVICE
+
+
+def test_reading_ahead_takes_nothing_from_what_is_used_or_wanted_sooner(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=2) as store:
+        used, sooner, later = (store.put(seed) for seed in range(3))
+        store.use(sooner)
+        hold = store.load(used)
+        store.tiers.prefetch(later, {sooner.digest})
+        assert store.on_device() == {used.digest, sooner.digest}
+        assert not store.tiers._loading
+        store.tiers.prefetch(later, ())
+        store.arrivals(1)
+        assert store.on_device() == {used.digest, later.digest}
+        store.tiers.release(hold)
+
+
+def test_reading_ahead_does_not_hold_up_a_read_that_is_waited_for(store: Store) -> None:
+    with store.reader_held_up():
+        store.tiers.prefetch(store.put(1), ())
+        assert len(store.tiers._loading) == 1, "the pipe's"
+
+
+def test_what_is_read_ahead_in_vain_leaves_nothing(store: Store) -> None:
+    ref = AdapterRef("gone", "gone", 504)
+    store.tiers.prefetch(ref, ())
+    store.arrivals(1)
+    assert store.free() == 4 * SIZE
+    store.tiers.prefetch(store.put(1, rank=60), ())  # larger than the pool
+    assert isinstance(failure(store, ref), BlockDamaged)
+
+
 # -- all at once
+
+
+_EVENTS = ["acquire", "acquire", "acquire", "release", "release", "release", "poll", "wait", "wait", "evict", "drop"]
+_steps = st.lists(
+    st.tuples(
+        st.sampled_from([*_EVENTS, "fail", "prefetch", "pin", "unpin", "budgets", "rules", "expire"]),
+        st.integers(0, 99),
+    ),
+    min_size=20,
+    max_size=60,
+)
+_RULES = [
+    Rules(),
+    Rules(device=TierRules(Policy.GDSF, 1e-9), ram=TierRules(Policy.LFU)),
+    Rules(device=TierRules(Policy.SIEVE, owners={"ada": OwnerRule(2 * SIZE, 4 * SIZE, 2)})),
+    Rules(device=TierRules(Policy.LFU, owners={"*": OwnerRule(floor_bytes=SIZE)}), ram=TierRules(Policy.SIEVE, 1e-9)),
+]
+
+
+@settings(max_examples=60)
+@given(steps=_steps, ram=st.sampled_from([0, 3]))
+def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
+    tmp_path_factory: pytest.TempPathFactory, steps: list[tuple[str, int]], ram: int
+) -> None:
+    with opened(tmp_path_factory.mktemp("tiers"), extents=6, ram=ram, threads=2) as store:
+        tiers, held, failed = store.tiers, list[Hold](), list[Hold]()
+        refs = [store.put(seed, rank=1 + 5 * seed % 17)._replace(owner=("ada", "bob")[seed % 2]) for seed in range(8)]
+        for event, number in steps:
+            ref = refs[number % len(refs)]
+            if event == "acquire":
+                if ref.nbytes <= tiers.residency.allocator.capacity:
+                    hold = tiers.acquire(ref)
+                    held += [hold] if hold else []
+            elif event == "fail" and (hold := tiers.acquire(AdapterRef("gone", "gone", 504))):
+                failed.append(hold)
+            elif event == "release" and held:
+                tiers.release(held.pop(number % len(held)))
+            elif event == "poll":
+                tiers.poll()
+            elif event == "wait":
+                store.settle()
+            elif event == "evict":
+                tiers.evict(ref.digest)
+            elif event == "drop":
+                tiers.evict(ref.digest, (Tier.DEVICE, Tier.RAM)[number % 2])
+            elif event == "prefetch":
+                tiers.prefetch(ref, {hold.resident.digest for hold in held})
+            elif event in ("pin", "unpin"):
+                tiers.pin(ref.digest, event == "pin")
+            elif event == "rules":
+                tiers.set_rules(_RULES[number % len(_RULES)])
+            elif event == "expire":
+                tiers.expire()
+            elif event == "budgets":
+                with contextlib.suppress(BadRequest):
+                    tiers.set_budgets((3 + number % 6) * SIZE, number % 4 * 504)
+            for hold in [hold for hold in failed if hold.error is not None]:
+                failed.remove(hold)
+                assert isinstance(hold.error, BlockDamaged)
+                tiers.release(hold)
+            tiers.check_integrity(pins=len(held) + len(failed))
+            for hold in held:
+                assert hold.error is None
+                if hold.ready:
+                    store.check(hold)
+        store.settle()
+        for hold in (*held, *failed):
+            tiers.release(hold)
+        for ref in refs:
+            tiers.pin(ref.digest, False)
+        tiers.set_rules(Rules())
+        for ref in refs:
+            if ref.nbytes <= tiers.residency.allocator.capacity:  # whatever happened, it can be had
+                last = tiers.acquire(ref)
+                assert last is not None
+                store.settle()
+                store.check(last)
+                tiers.release(last)
 
 
 @pytest.mark.parametrize("ram", [0, 3])

@@ -118,7 +118,7 @@ class Tiers:
             try:
                 self._change_budgets(changing.device, changing.ram)
                 changing.done.set_result(None)
-            except HubError as error:
+            except Exception as error:
                 changing.done.set_exception(error)
 
     @property
@@ -242,6 +242,10 @@ class Tiers:
 
     def close(self) -> None:
         self.loader.close()
+        if self._changing is not None:
+            self._changing.done.set_exception(
+                Unavailable("The server is shutting down; the budgets stay as they were.")
+            )
 
     # -- how it is done
 
