@@ -10,6 +10,7 @@ from pathlib import Path
 from adapterhub.errors import BadRequest
 
 MIB = 1024**2
+DISK_BYTES = 64 * 1024 * MIB  # of block files, where nothing else is said
 _UNITS = {"": 1, "K": 1024, "M": MIB, "G": 1024**3, "T": 1024**4}
 
 
@@ -56,7 +57,7 @@ class Config:
 
     device_bytes: int | None = None  # the pool; None: 512 MiB on a CPU, a quarter of the free memory on a GPU
     ram_bytes: int | None = None  # the host tier; None: 0 on a CPU, whose pool is RAM already; 2 GiB with a GPU
-    disk_bytes: int = 64 * 1024 * MIB  # block files
+    disk_bytes: int | None = None  # block files; None: 64 GiB
     store: str | None = None  # an fsspec URL: blocks are kept there, and the disk is a cache
     kv_bytes: int | None = None  # the KV cache; None: 256 MiB on a CPU, half of the free memory on a GPU
     max_file_bytes: int = 512 * MIB  # one upload

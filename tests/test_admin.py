@@ -1,13 +1,16 @@
-"""`/admin/adapters` and the lists of `/v1/adapters`: what they filter, sort and show, and to whom."""
+"""`/admin`, and lists, pins and hints of `/v1/adapters`: what they show and do, for whom, and what they refuse."""
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from transformers import PreTrainedModel
 
-from tests.serving import PeftFiles, Server, User
+from tests.serving import PeftFiles, Server, User, chat_lines, eventually, running, small_config
 
 ROUTES = [
     ("GET", "/admin/tiers"),
@@ -15,8 +18,12 @@ ROUTES = [
     ("GET", "/admin/adapters/adapter-1"),
     ("GET", "/admin/adapters/adapter-1/download"),
     ("DELETE", "/admin/adapters/adapter-1"),
-    ("POST", "/admin/adapters/adapter-1/evict"),
+    *(("POST", f"/admin/adapters/adapter-1/{verb}") for verb in ("pin", "unpin", "evict")),
+    ("PATCH", "/admin/tiers"),
+    ("GET", "/admin/policy"),
+    ("PUT", "/admin/policy"),
 ]
+KIB = 1024
 
 
 def names(user: User, path: str, **query: Any) -> list[str]:
@@ -109,3 +116,287 @@ def test_an_admin_deletes_anybodys_adapter(server: Server, user: User, adapter: 
     assert server.admin.http.get(f"{path}/download").headers["content-type"] == "application/zip"
     assert server.admin.http.delete(path).json()["deleted"] is True
     assert names(user, "/v1/adapters") == []
+
+
+# -- pins and hints
+
+
+def small(base_directory: Path, tmp_path: Path, **sizes: Any) -> AbstractContextManager[Server]:
+    """A server of a test's own, on whose device there is room for two of the adapters here, and no more."""
+    return running(small_config(base_directory, tmp_path / "data", **{"device_bytes": 30 * KIB, **sizes}))
+
+
+def tiers(server: Server) -> dict[str, Any]:
+    return server.admin.http.get("/admin/tiers").raise_for_status().json()["tiers"]
+
+
+def refused(answer: httpx.Response) -> tuple[int, str | None, str]:
+    error = answer.json()["error"]
+    return answer.status_code, error["param"], error["message"]
+
+
+@pytest.fixture(scope="session")
+def third_adapter(base_model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> PeftFiles:
+    return PeftFiles(base_model, tmp_path_factory.mktemp("peft") / "three", seed=3)
+
+
+def test_what_is_pinned_stays_on_the_device_while_others_come_and_go(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles, third_adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path) as server:
+        user = server.user()
+        kept, *others = [
+            user.import_adapter(files, name)
+            for name, files in (("kept", adapter), ("b", other_adapter), ("c", third_adapter))
+        ]
+        pinned = server.admin.http.post(f"/admin/adapters/{kept['id']}/pin").raise_for_status().json()
+        assert (pinned["pinned"], pinned["tier"], tiers(server)["device"]["pinned"]) == ("admin", "disk", 0)
+        assert names(user, "/v1/adapters", pinned=True) == ["kept"]
+        for other in [{"model": kept["model"]}, *others, *others]:
+            user.tier(other["model"])
+        assert user.tier(kept["model"]) == "device"
+        assert tiers(server)["device"]["pinned"] == 1
+        for _ in range(2):
+            unpinned = server.admin.http.post(f"/admin/adapters/{kept['id']}/unpin").raise_for_status().json()
+            assert unpinned["pinned"] is None
+        for other in others:
+            user.tier(other["model"])
+        assert user.tier(kept["model"]) == "disk"
+        assert tiers(server)["device"]["pinned"] == 0
+
+
+def test_a_pin_is_on_the_block_of_the_current_version_alone_unless_another_pin_is(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path, device_bytes=512 * KIB) as server:
+        one, other = server.user(), server.user()
+        mine, theirs = one.import_adapter(adapter, "mine"), other.import_adapter(adapter, "theirs")
+        for user, imported in ((one, mine), (other, theirs)):
+            user.http.post(f"/v1/adapters/{imported['id']}/pin").raise_for_status()
+        one.tier(mine["model"])
+        pinned = lambda: tiers(server)["device"]["pinned"]  # noqa: E731
+        assert pinned() == 1, "two pins of the same block"
+        one.import_adapter(other_adapter, "mine")
+        assert pinned() == 1, "the other one still has it"
+        other.import_adapter(other_adapter, "theirs")
+        assert pinned() == 0, "it is nobody's current version, and the new one was not asked for yet"
+        one.tier(mine["model"])
+        assert pinned() == 1
+        newest = one.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][0]["model"]
+        other.http.delete(f"/v1/adapters/{theirs['id']}").raise_for_status()
+        assert one.tier(mine["model"]) == "disk", "a deleted adapter's block leaves"
+        one.tier(one.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][1]["model"])
+        assert pinned() == 1
+        one.http.delete(f"/v1/models/{newest}").raise_for_status()
+        assert pinned() == 1, "the version before is the current one again"
+        one.http.post(f"/v1/adapters/{mine['id']}/unpin").raise_for_status()
+        assert pinned() == 0
+
+
+def test_a_pin_goes_over_to_what_a_job_trains(server: Server, user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    user.http.post(f"/v1/adapters/{imported['id']}/pin").raise_for_status()
+    before = tiers(server)["device"]["pinned"]
+    user.tier(imported["model"])
+    assert tiers(server)["device"]["pinned"] == before + 1
+    user.job(user.train(chat_lines(), suffix="mine", max_steps=1), "succeeded")
+    assert tiers(server)["device"]["pinned"] == before
+    user.tier(imported["model"])
+    assert tiers(server)["device"]["pinned"] == before + 1
+    user.http.delete(f"/v1/adapters/{imported['id']}").raise_for_status()
+    assert tiers(server)["device"]["pinned"] == before
+
+
+def test_pins_are_bounded_for_each_owner_and_for_all(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles, third_adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path, device_bytes=256 * KIB) as server:
+        user = server.user()
+        one, other, third = [
+            user.import_adapter(files, name)["id"]
+            for name, files in (("one", adapter), ("other", other_adapter), ("third", third_adapter))
+        ]
+        for _ in range(2):
+            user.http.post(f"/v1/adapters/{one}/pin").raise_for_status()
+        status, param, message = refused(user.http.post(f"/v1/adapters/{other}/pin"))
+        assert (status, param) == (400, "id")
+        assert "your pins would hold 25." in message
+        assert "an owner's may hold 16.0 KiB, 0.0625 of the device's 256.0 KiB" in message
+        assert names(user, "/v1/adapters", pinned=True) == ["one"]
+        server.admin.http.post(f"/admin/adapters/{other}/pin").raise_for_status()
+        server.admin.http.patch("/admin/tiers", json={"device_bytes": 40 * KIB}).raise_for_status()
+        status, param, message = refused(server.admin.http.post(f"/admin/adapters/{third}/pin"))
+        assert (status, param) == (400, "id")
+        assert "all owners' pins together would hold 40." in message
+        assert "all may hold 30.0 KiB, 0.75 of the device's 40.0 KiB" in message
+
+
+def test_an_owner_cannot_undo_the_operators_pin(server: Server, user: User, adapter: PeftFiles) -> None:
+    path = f"/adapters/{user.import_adapter(adapter, 'mine')['id']}"
+    assert user.http.post(f"/v1{path}/pin").json()["pinned"] == "owner"
+    assert server.admin.http.post(f"/admin{path}/pin").json()["pinned"] == "admin"
+    assert user.http.post(f"/v1{path}/pin").json()["pinned"] == "admin"
+    assert refused(user.http.post(f"/v1{path}/unpin"))[0] == 403
+    assert server.admin.http.post(f"/admin{path}/unpin").json()["pinned"] is None
+
+
+def test_a_hint_brings_an_adapter_to_the_device(server: Server, user: User, adapter: PeftFiles) -> None:
+    imported = user.import_adapter(adapter, "mine")
+    server.evict(imported["id"])
+    answer = user.http.post(f"/v1/adapters/{imported['id']}/prefetch")
+    assert (answer.status_code, answer.json()["id"]) == (202, imported["id"])
+    eventually(lambda: user.http.get(f"/v1/adapters/{imported['id']}").json()["tier"] == "device")
+    assert user.tier(imported["model"]) == "device"
+
+
+@pytest.mark.parametrize("verb", ["pin", "unpin", "prefetch"])
+def test_owners_steer_their_own_adapters_alone(server: Server, user: User, adapter: PeftFiles, verb: str) -> None:
+    path = f"/v1/adapters/{user.import_adapter(adapter, 'mine')['id']}/{verb}"
+    assert httpx.post(f"{server.url}{path}").json()["error"]["code"] == "missing_api_key"
+    assert server.user().http.post(path).status_code == 404
+
+
+def test_evict_takes_an_adapter_out_of_the_tier_that_is_named(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path, ram_bytes=100 * KIB) as server:
+        user = server.user()
+        imported = user.import_adapter(adapter, "mine")
+        path = f"/admin/adapters/{imported['id']}/evict"
+        user.tier(imported["model"])
+        for body, found in (
+            ({"tier": "device"}, "ram"),
+            ({"tier": "ram"}, "device"),
+            ({"tier": "device"}, "disk"),
+            ({}, "disk"),
+            (None, "disk"),
+        ):
+            assert server.admin.http.post(path, json=body).json()["evicted"] is True
+            assert user.tier(imported["model"]) == found, body
+        for wrong, param in (({"tier": "disk"}, "tier"), ({"tiers": "ram"}, "tiers")):
+            assert refused(server.admin.http.post(path, json=wrong))[:2] == (400, param)
+
+
+# -- budgets and rules
+
+
+def test_budgets_change_at_once_and_are_there_after_a_restart_unless_others_are_given(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path) as server:
+        user = server.user()
+        for name, files in (("a", adapter), ("b", other_adapter)):
+            user.tier(user.import_adapter(files, name)["model"])
+        assert tiers(server)["device"]["adapters"] == 2
+        asked = {"device_bytes": 16 * KIB, "ram_bytes": 64 * KIB, "disk_bytes": 100 * KIB}
+        shown = server.admin.http.patch("/admin/tiers", json=asked).raise_for_status().json()["tiers"]
+        assert shown == tiers(server)
+        assert {f"{tier}_bytes": shown[tier]["budget_bytes"] for tier in ("device", "ram", "disk")} == asked
+        assert shown["device"]["adapters"] == 1
+        assert user.tier(f"{user.owner}/a") == "disk"
+        for i in range(20):
+            answer = user.http.post("/v1/adapters", data={"name": f"n{i}"}, files=adapter.upload)
+            assert answer.status_code == 200, "the same block takes no more room"
+    saved = {"device_bytes": None, "ram_bytes": None, "disk_bytes": None}
+    for given, found in ((saved, asked), ({**saved, "ram_bytes": 0}, {**asked, "ram_bytes": 0}), (saved, asked)):
+        with small(base_directory, tmp_path, **given) as server:
+            shown = tiers(server)
+            assert {f"{tier}_bytes": shown[tier]["budget_bytes"] for tier in ("device", "ram", "disk")} == found
+
+
+def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path) as server:
+        user = server.user()
+        imported = user.import_adapter(adapter, "mine")
+        server.admin.http.post(f"/admin/adapters/{imported['id']}/pin").raise_for_status()
+        user.tier(imported["model"])
+        before = tiers(server)
+        for body, param, message in (
+            ({}, None, "at least one of device_bytes, ram_bytes, disk_bytes"),
+            ({"device_bytes": -1}, "device_bytes", "greater than or equal to 0"),
+            ({"ram_bytes": "1GiB"}, "ram_bytes", "valid integer"),
+            ({"disk_bytes": 1.5}, "disk_bytes", "valid integer"),
+            ({"ram_bytes": 2**60}, "ram_bytes", "less than or equal to"),
+            ({"pool": 1}, "pool", "not permitted"),
+            ({"device_bytes": 2**50, "disk_bytes": 100 * KIB}, None, "The device has no 1024.0 TiB"),
+            ({"device_bytes": 10 * KIB, "disk_bytes": 100 * KIB}, None, "pinned or in use would not fit"),
+            ({"device_bytes": 100 * KIB, "disk_bytes": KIB}, None, "do not fit into 1.0 KiB"),
+        ):
+            status, named, said = refused(server.admin.http.patch("/admin/tiers", json=body))
+            assert (status, named) == (400, param)
+            assert message in said
+        assert tiers(server)["device"] == before["device"]
+        assert tiers(server)["ram"] == before["ram"]
+
+
+def test_rules_are_tried_before_they_are_set_and_are_there_after_a_restart(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path) as server:
+        user, http = server.user(), server.admin.http
+        for name, files in (("a", adapter), ("b", other_adapter)):
+            user.tier(user.import_adapter(files, name)["model"])
+        first = http.get("/admin/policy").raise_for_status().json()
+        unset = {"policy": "lru", "ttl_seconds": None, "owners": {}}
+        assert first == {"device": unset, "ram": unset, "disk": unset}
+        rule = {"floor_bytes": 0, "ceiling_bytes": 12 * KIB, "priority": 0}
+        changes = {"device": {"policy": "sieve", "owners": {user.owner: rule}}, "disk": {"ttl_seconds": 60}}
+        plan = http.put("/admin/policy", json=changes, params={"dry_run": True}).raise_for_status().json()
+        [gone] = plan["device"]
+        assert (gone["models"], plan["ram"]) == ([f"{user.owner}/a"], [])
+        assert http.get("/admin/policy").json() == first
+        assert tiers(server)["device"]["adapters"] == 2
+        rules = http.put("/admin/policy", json=changes).raise_for_status().json()
+        assert rules == plan["rules"] == http.get("/admin/policy").json()
+        assert rules["device"] == {"policy": "sieve", "ttl_seconds": None, "owners": {user.owner: rule}}
+        assert tiers(server)["device"]["adapters"] == 1
+        assert user.tier(f"{user.owner}/b") == "device"
+        http.put("/admin/policy", json={"device": {"ttl_seconds": 1e-9}}).raise_for_status()
+        assert tiers(server)["device"]["adapters"] == 0, "unused for too long"
+        rules["device"]["ttl_seconds"] = 1e-9
+    with small(base_directory, tmp_path) as server:
+        assert server.admin.http.get("/admin/policy").json() == rules
+        user = server.as_user(user.owner, server.hub.keys.create(user.owner))
+        assert user.tier(f"{user.owner}/a") == "disk"
+        eventually(lambda: tiers(server)["device"]["adapters"] == 0)
+
+
+@pytest.mark.parametrize("query", [{}, {"dry_run": True}])
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ([], "rules"),
+        ({"attic": {}}, "rules"),
+        ({"device": {"colour": 1}}, "device"),
+        ({"device": {"policy": "fifo"}}, "device.policy"),
+        ({"ram": {"ttl_seconds": 0}}, "ram.ttl_seconds"),
+        ({"disk": {"owners": {"ada": {"floor_bytes": -1}}}}, "disk.owners.ada.floor_bytes"),
+        ({"disk": {"owners": {"ada": {"floor_bytes": 2, "ceiling_bytes": 1}}}}, "disk.owners.ada.ceiling_bytes"),
+        ({"disk": {"owners": {"ada": {"priority": 3}}}}, "disk.owners.ada.priority"),
+    ],
+)
+def test_rules_that_mean_nothing_are_refused_by_their_name(
+    server: Server, body: Any, param: str, query: dict[str, Any]
+) -> None:
+    before = server.admin.http.get("/admin/policy").json()
+    assert refused(server.admin.http.put("/admin/policy", json=body, params=query))[:2] == (400, param)
+    assert server.admin.http.get("/admin/policy").json() == before
+
+
+def test_tiers_shows_each_tier_and_the_store_where_there_is_one(
+    base_directory: Path, tmp_path: Path, server: Server, adapter: PeftFiles
+) -> None:
+    assert set(tiers(server)) == {"device", "ram", "disk"}
+    url = f"file://{tmp_path}/store"
+    with small(base_directory, tmp_path, store=url) as stored:
+        user = stored.user()
+        user.tier(user.import_adapter(adapter, "mine")["model"])
+        shown = tiers(stored)
+    assert shown["store"]["url"] == url
+    assert (shown["disk"]["adapters"], shown["disk"]["loads"], shown["store"]["loads"]) == (1, 1, 0)
+    for tier in ("device", "ram", "disk"):
+        assert {"budget_bytes", "used_bytes", "adapters", "pinned", "hits", "hit_ratio", "evictions", "loads"} <= set(
+            shown[tier]
+        )

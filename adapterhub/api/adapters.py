@@ -15,6 +15,7 @@ from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
 from adapterhub.swap.names import check_name
+from adapterhub.swap.pins import PinnedBy
 from adapterhub.swap.registry import Version
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
@@ -60,6 +61,30 @@ def download(hub: TheHub, caller: Caller, adapter_id: str) -> Response:
 def delete(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
     hub.forget(hub.registry.delete_adapter(caller.owner, adapter_id))
     return {"id": adapter_id, "object": "adapter", "deleted": True}
+
+
+@router.post("/{adapter_id}/pin")
+def pin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+    """Keeps the current version in memory, once it is there, within the owner's share of it."""
+    hub.registry.adapter(caller.owner, adapter_id)
+    hub.pin(adapter_id, PinnedBy.OWNER)
+    return retrieve(hub, caller, adapter_id)
+
+
+@router.post("/{adapter_id}/unpin")
+def unpin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+    hub.registry.adapter(caller.owner, adapter_id)
+    hub.registry.pins.unpin(adapter_id, PinnedBy.OWNER)
+    return retrieve(hub, caller, adapter_id)
+
+
+@router.post("/{adapter_id}/prefetch", status_code=202)
+def prefetch(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+    """A hint that the current version will be asked for soon. Answers at once, with where it is now."""
+    versions = hub.registry.adapter(caller.owner, adapter_id)
+    hub.engine.prefetch(next(v for v in versions if v.current).ref)
+    [shown] = adapter_objects(hub, [versions])
+    return shown
 
 
 def zip_of_current(hub: Hub, versions: list[Version]) -> Response:

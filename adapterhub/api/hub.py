@@ -12,12 +12,13 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from adapterhub.api.auth import KeyStore
+from adapterhub.api.steering import Steering, with_saved
 from adapterhub.base.engine import Engine
 from adapterhub.base.model import Base
 from adapterhub.base.request import Output
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.base.text import TextCodec
-from adapterhub.config import Config
+from adapterhub.config import DISK_BYTES, Config
 from adapterhub.errors import BadRequest, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
@@ -25,8 +26,10 @@ from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.files import lock_directory
 from adapterhub.swap.mirror import Mirror
 from adapterhub.swap.objects import server_id
+from adapterhub.swap.pins import PinnedBy
 from adapterhub.swap.ref import Use
 from adapterhub.swap.registry import Registry, Version
+from adapterhub.swap.settings import Settings
 from adapterhub.swap.store import Store
 from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
@@ -46,17 +49,20 @@ class Hub:
         if lock is None:
             raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.")
         self._lock = lock
-        self.config = config
         self.base = base
         self.codec = TextCodec(base.tokenizer)
         self.database = Database(config.database)
+        settings = Settings(self.database)
+        self.config = config = with_saved(config, settings)
         self.keys = KeyStore(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
         store = None
         if config.store is not None:
             store = Store.open(config.store, server_id(self.database), config.data_dir)
-        self.disk = DiskTier(config.blobs_dir, config.disk_bytes, store)
-        self.registry = Registry(self.database, self.disk)
+        rules = settings.rules()
+        self.disk = DiskTier(config.blobs_dir, DISK_BYTES if config.disk_bytes is None else config.disk_bytes, store)
+        self.disk.set_rules(rules.disk)
+        self.registry = Registry(self.database, self.disk, self._keep_in_memory)
         self.mirror = Mirror(self.database, self.registry.objects, self.disk, store) if store else None
         self.catalog = Catalog(self.database, self.registry)
         self.jobs = JobStore(self.database)
@@ -64,7 +70,8 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.trace = Recorder(config.trace_dir)
         self.uses = Uses()
-        self.engine = Engine(base, config, self._deliver, disk=self.disk, on_use=self._note_use)
+        self.engine = Engine(base, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
+        self.steering = Steering(self.engine, self.disk, settings)
         self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
 
     def start(self) -> None:
@@ -117,6 +124,15 @@ class Hub:
         for version in versions:
             self.engine.evict(version.digest)
             self.uses.forget([version.id])
+
+    def pin(self, adapter: str, by: PinnedBy) -> None:
+        """Keeps an adapter in memory, by its id, once it is there. Raises BadRequest when pins would hold too much."""
+        device_bytes = self.engine.stats().result()["tiers"]["device"]["budget_bytes"]
+        self.registry.pins.pin(adapter, by, device_bytes)
+
+    def _keep_in_memory(self, digest: str, pinned: bool) -> None:
+        """In memory, for as long as some adapter pins it."""
+        self.engine.pin(digest, pinned)
 
     def _note_use(self, use: Use) -> None:
         """On the engine's thread."""

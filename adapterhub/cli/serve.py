@@ -37,9 +37,15 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = Config.device,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = Config.dtype,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: keep the base's weights in fewer bits.")] = None,
-    device_bytes: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
-    ram_bytes: Annotated[str | None, typer.Option(help="Budget of the host RAM tier.")] = None,
-    disk_bytes: Annotated[str | None, typer.Option(help="Budget of the block files on disk.")] = None,
+    device_bytes: Annotated[
+        str | None, typer.Option(help="Budget of the device pool, as in 512MiB; by default the one set last.")
+    ] = None,
+    ram_bytes: Annotated[
+        str | None, typer.Option(help="Budget of the host RAM tier; by default the one set last.")
+    ] = None,
+    disk_bytes: Annotated[
+        str | None, typer.Option(help="Budget of the block files on disk; by default the one set last.")
+    ] = None,
     store: Annotated[
         str | None,
         typer.Option(help="Keep adapters in this object store, as in s3://BUCKET/PREFIX; the disk caches them."),
@@ -61,10 +67,9 @@ def serve(
         "store": store,
         "device_bytes": _size(device_bytes),
         "ram_bytes": _size(ram_bytes),
+        "disk_bytes": _size(disk_bytes),
         "kv_bytes": _size(kv_bytes),
     }
-    if disk_bytes is not None:
-        options["disk_bytes"] = parse_bytes(disk_bytes)
     config = Config(**options)
     listener = _bind(config.host, config.port)  # before the base is loaded, so that a busy port shows at once
     _run(config, listener)
@@ -130,7 +135,7 @@ def _announce(console: Console, app: Any, config: Config, port: int) -> None:
         (
             "budgets",
             f"device {format_bytes(budgets.device)}, RAM {format_bytes(budgets.ram)}, disk "
-            f"{format_bytes(config.disk_bytes)}, KV {format_bytes(budgets.kv)} ({hub.engine.kv.capacity} tokens)",
+            f"{format_bytes(hub.disk.files.budget)}, KV {format_bytes(budgets.kv)} ({hub.engine.kv.capacity} tokens)",
         ),
         ("data", str(config.data_dir)),
         *([("store", config.store)] if config.store else []),

@@ -119,6 +119,13 @@ class Catalog:
             found[version.adapter].append(version)
         return [versions for versions in found.values() if versions]
 
+    def models_of(self, digests: Iterable[str]) -> dict[str, list[str]]:
+        """The names of the versions that have those blocks, by digest: of a current one its adapter's."""
+        found: dict[str, list[str]] = {}
+        for version in self._registry.of_blocks(digests):
+            found.setdefault(version.digest, []).append(version.alias if version.current else version.model)
+        return found
+
     def by_adapter(self, used: Mapping[str, Used]) -> dict[str, Used]:
         """The uses of versions, by id, as those of their adapters."""
         sql = "select id, adapter from versions where id in (select value from json_each(?))"

@@ -15,8 +15,14 @@ HUGE_PAGE = 2 * 1024**2
 
 
 def streaming_memory(nbytes: int) -> torch.Tensor:
-    """[nbytes] of uint8, uninitialized, starting on a huge page. The system hands out its pages as they are written."""
-    whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    """[nbytes] of uint8, uninitialized, starting on a huge page. The system hands out its pages as they are written.
+
+    Raises torch.OutOfMemoryError.
+    """
+    try:
+        whole = torch.empty(nbytes + HUGE_PAGE, dtype=torch.uint8)
+    except RuntimeError as error:  # on a CPU torch has no name of its own for it
+        raise torch.OutOfMemoryError(str(error)) from error
     skipped = -whole.data_ptr() % HUGE_PAGE
     memory = whole[skipped : skipped + nbytes]
     if _MADV_HUGEPAGE is not None and nbytes >= HUGE_PAGE:

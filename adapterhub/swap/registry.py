@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import sqlite_utils
@@ -22,6 +22,7 @@ from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.names import check_name
 from adapterhub.swap.objects import Objects, State
+from adapterhub.swap.pins import Pins
 from adapterhub.swap.ref import AdapterRef
 
 log = logging.getLogger(__name__)
@@ -97,11 +98,20 @@ class Version:
 class Registry:
     """Safe to use from any thread."""
 
-    def __init__(self, database: Database, disk: DiskTier) -> None:
+    def __init__(
+        self, database: Database, disk: DiskTier, keep_in_memory: Callable[[str, bool], None] = lambda *_: None
+    ) -> None:
+        """`keep_in_memory` is told the digest of a block that stays there from now on, as it is pinned, or may go."""
         database.migrate(migrations)
         self._database = database
         self._disk = disk
         self.objects = Objects(database, disk.store.url if disk.store else None)
+
+        def keep(digest: str, pinned: bool) -> None:
+            disk.pin(digest, pinned)
+            keep_in_memory(digest, pinned)
+
+        self.pins = Pins(database, keep)
 
     def publish(self, owner: str, name: str, block: Block, base: str, origin: str) -> Version:
         """Stores `block` as the next version of `owner`'s adapter `name`, and points the name at it.
@@ -126,7 +136,11 @@ class Registry:
         if in_store:
             self._disk.upload(block.digest)
         with self._database.transaction() as db:
-            row = self._database.row("select id from adapters where owner = ? and name = ?", (owner, name))
+            sql = """
+                select a.id, a.pinned, v.digest from adapters a left join versions v on v.id = a.current
+                where a.owner = ? and a.name = ?
+            """
+            row = self._database.row(sql, (owner, name))
             adapter = row["id"] if row else new_id("adapter")
             if row is None:
                 db.table("adapters").insert(
@@ -152,6 +166,8 @@ class Registry:
             if in_store:
                 self.objects.set(block.digest, State.STORED)
         self._disk.files.settle([Named(block.digest, owner, safe=in_store)])
+        if row and row["pinned"]:
+            self.pins.settle([block.digest, row["digest"]])
         return self.version(owner, version)
 
     def resolve(self, owner: str, model: str) -> Version | None:
@@ -184,6 +200,10 @@ class Registry:
         """Every version of the adapters with those ids, by adapter, the newest first."""
         return self._all("a.id in (select value from json_each(?))", (json.dumps(adapters),))
 
+    def of_blocks(self, digests: Iterable[str]) -> list[Version]:
+        """Every version, of whatever owner, that has one of those blocks."""
+        return self._all("v.digest in (select value from json_each(?))", (json.dumps(list(digests)),))
+
     def of_origin(self, owner: str, origin: str) -> Version | None:
         """What a job has published, if it has."""
         return self._one("a.owner = ? and v.origin = ?", (owner, origin))
@@ -201,6 +221,7 @@ class Registry:
             gone = self.adapter(owner, adapter)
             db.table("adapters").delete(adapter)
             self.objects.give_up(v.digest for v in gone)
+        self._unpin(gone)
         self._remove_given_up(gone)
         return gone
 
@@ -215,6 +236,7 @@ class Registry:
             elif gone.current:
                 db.table("adapters").update(gone.adapter, {"current": left[0].id})
             self.objects.give_up([gone.digest])
+        self._unpin([gone, *left])
         self._remove_given_up([gone])
         return gone
 
@@ -249,6 +271,11 @@ class Registry:
             log.warning("%d blocks are not on this disk; start the server with --store %s", len(missing), stores)
         elif missing:
             log.error("%d blocks are not on this disk; `adapterhub doctor` says whose they are", len(missing))
+
+    def _unpin(self, changed: list[Version]) -> None:
+        """After versions of one adapter have gone: the current one has the pin, if there is one."""
+        if changed[0].pinned is not None:
+            self.pins.settle(v.digest for v in changed)
 
     def _remove_given_up(self, versions: list[Version]) -> None:
         for digest in {v.digest for v in versions}:

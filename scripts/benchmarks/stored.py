@@ -28,7 +28,7 @@ def publish(data: Path, indices: Iterable[int], ranks: Sequence[int], targets: S
     """
     config = Config(data_dir=data)
     database = Database(config.database)
-    registry = Registry(database, DiskTier(config.blobs_dir, config.disk_bytes))
+    registry = Registry(database, DiskTier(config.blobs_dir))
     layout, made, left = chosen(targets), [], list(indices)
     with mock.patch("os.fsync"):
         while left:

@@ -1,0 +1,72 @@
+"""What an operator changes on a running server, budgets and rules: put into force, and kept for the next start."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from typing import Any
+
+from adapterhub.base.engine import Engine
+from adapterhub.config import Config
+from adapterhub.swap.disk import DiskTier
+from adapterhub.swap.policies import Rules
+from adapterhub.swap.residency import Plan
+from adapterhub.swap.settings import Settings
+
+
+def with_saved(config: Config, settings: Settings) -> Config:
+    """A configuration with the budgets that were set live in place of those that it does not give."""
+    saved = settings.budgets()
+
+    def chosen(given: int | None, tier: str) -> int | None:
+        return saved.get(tier) if given is None else given
+
+    return dataclasses.replace(
+        config,
+        device_bytes=chosen(config.device_bytes, "device"),
+        ram_bytes=chosen(config.ram_bytes, "ram"),
+        disk_bytes=chosen(config.disk_bytes, "disk"),
+    )
+
+
+class Steering:
+    """Safe to use from any thread but the engine's, for which it waits."""
+
+    def __init__(self, engine: Engine, disk: DiskTier, settings: Settings) -> None:
+        self._engine = engine
+        self._disk = disk
+        self._settings = settings
+        self._changing = threading.Lock()  # what is in force is what was saved last
+
+    @property
+    def rules(self) -> Rules:
+        return self._settings.rules()
+
+    def set_budgets(self, device: int | None, ram: int | None, disk: int | None) -> None:
+        """Bytes; None leaves one as it is. What no longer fits is evicted.
+
+        Raises BadRequest, and changes nothing, when what must stay would not fit.
+        """
+        with self._changing:
+            self._engine.plan(device=device, ram=ram).result()  # before anything is changed
+            if disk is not None:
+                self._disk.set_budget(disk)
+                self._settings.save_budgets(disk=disk)
+            given = {tier: budget for tier, budget in (("device", device), ("ram", ram)) if budget is not None}
+            if given:
+                self._engine.set_budgets(**given).result()
+                self._settings.save_budgets(**given)
+
+    def plan(self, changes: Any) -> tuple[Rules, Plan]:
+        """The rules with `changes`, and what would leave memory for them now. Raises BadRequest."""
+        rules = self.rules.merged(changes)
+        return rules, self._engine.plan(rules).result()
+
+    def set_rules(self, changes: Any) -> Rules:
+        """Puts the fields of `changes`, as JSON has them, in the place of those in force. Raises BadRequest."""
+        with self._changing:
+            rules = self.rules.merged(changes)
+            self._engine.set_rules(rules).result()
+            self._disk.set_rules(rules.disk)
+            self._settings.save_rules(rules)
+            return rules
