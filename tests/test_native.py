@@ -4,24 +4,37 @@ from __future__ import annotations
 
 import copy
 import ctypes
+import shutil
+import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
+from transformers import LlamaConfig
 
 from adapterhub.base.batch import KV_BLOCK, Batch, Segment, Span
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base, prepare_base
-from adapterhub.base.native import Isa, best_isa, library
+from adapterhub.base.native import SOURCE, Isa, best_isa, library
 from adapterhub.base.native.decoder import NativeDecoder, supports
 from adapterhub.base.native.structs import Matrix, address
 from adapterhub.base.native.structs import Segment as NativeSegment
 from adapterhub.swap.layout import Factors, Layout
 from tests.tiny import CPU, FAMILIES, VOCABULARY, tiny_model
 
-pytestmark = pytest.mark.skipif(library() is None, reason="no C++ compiler")
+pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+WIDE_HEADS = LlamaConfig(
+    vocab_size=VOCABULARY,
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=32,
+    max_position_embeddings=256,
+)
 ISAS = [isa for isa in Isa if library() is not None and isa <= best_isa()]
 
 
@@ -32,6 +45,15 @@ def random(*shape: int, seed: int = 0, size: float = 1.0) -> torch.Tensor:
 def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 5e-3) -> None:
     assert found.isfinite().all()
     assert (found - expected).norm() <= tolerance * expected.norm()
+
+
+def test_the_sources_compile_without_a_word() -> None:
+    """They are built with warnings off, and where they do not build the torch path serves: here that would show."""
+    compiler = shutil.which("c++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    command = [compiler, "-std=c++17", "-fsyntax-only", "-Wall", "-Wextra", "-Wno-psabi", str(SOURCE / "decoder.cpp")]
+    assert subprocess.run(command, capture_output=True, text=True).stderr == ""
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -204,6 +226,26 @@ def test_a_mixed_batch_is_each_sequence_alone() -> None:
                 pool,
             )
             assert torch.equal(other.logits(one, torch.tensor([span.length - 1]))[0], together[i])
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_prompt_is_the_same_in_any_pieces(isa: Isa) -> None:
+    served = prepare_base("tiny", tiny_model(WIDE_HEADS).bfloat16(), None, CPU)
+    pool = torch.zeros(1 << 16, dtype=torch.bfloat16)
+    adapter = in_pool(pool, 0, served.layout, served.layout, 4, seed=1)
+    length = 61
+    found = []
+    for pieces in ([61], [1] * 61, [16, 16, 29], [5, 43, 1, 12], [60, 1]):
+        [kv] = caches(served)
+        decoder = NativeDecoder(served, kv, isa)
+        done, logits = 0, []
+        for piece in pieces:
+            done += piece
+            with torch.no_grad():
+                logits.append(decoder.logits(batch(kv, [piece], [done], [adapter], pool), torch.arange(piece)))
+        assert done == length
+        found.append(torch.cat(logits))
+    assert all(torch.equal(found[0], other) for other in found[1:])
 
 
 def test_the_whole_team_works_on_every_step() -> None:

@@ -96,6 +96,12 @@ struct Chunk {  // neighbouring rows of one segment
   int start, end;
 };
 
+struct Run {  // neighbouring tokens of one sequence
+  int start, end;
+};
+
+constexpr int kRunRows = 128;  // query rows of a run and a key head: they share what is packed of keys and values
+
 // What a step works in beside the model and the cache. Kept between steps, so that none of them allocates.
 struct Buffers {
   std::vector<float> residual, wide, projected;
@@ -141,6 +147,7 @@ struct Step : Job {
   const Model& model;
   const Batch batch;
   std::vector<Chunk> chunks;
+  std::vector<Run> runs;
   float *const residual, *const wide, *const projected;
   bf16 *const narrow, *const packed, *const query, *const attended;
 
@@ -159,6 +166,15 @@ struct Step : Job {
     for (int i = 0; i < b.num_segments; ++i)
       for (int t = b.segments[i].start; t < b.segments[i].end; t += kLoraRows)
         chunks.push_back({b.segments[i], t, std::min(t + kLoraRows, b.segments[i].end)});
+    const int longest = std::max(1, kRunRows / (m.heads / m.kv_heads));
+    for (int t = 0; t < b.tokens; ++t) {
+      const bool goes_on = t > 0 && b.table_at[t] == b.table_at[t - 1] && b.contexts[t] == b.contexts[t - 1] + 1;
+      if (goes_on && t - runs.back().start < longest) {
+        runs.back().end = t + 1;
+      } else {
+        runs.push_back({t, t + 1});
+      }
+    }
   }
 
   void work(int rank) override;
@@ -246,14 +262,21 @@ class Walk {
     each(b_.tokens, [&](int t) { rotate_and_store(layer, t, s_.wide + at(t, width)); });
     const Heads heads{m_.kv_heads, m_.heads / m_.kv_heads, m_.head_dim, m_.head_dim, m_.scale};
     const int group_width = heads.group * m_.head_dim;
-    each(b_.tokens * m_.kv_heads, [&](int i) {
-      const int t = i / m_.kv_heads, head = i % m_.kv_heads, context = b_.contexts[t];
-      const int from = layer.window > 0 ? std::max(0, context - layer.window) : 0;
-      const size_t place = at(t, q_width) + at(head, group_width);
+    each(static_cast<int>(s_.runs.size()) * m_.kv_heads, [&](int i) {
+      const Run& run = s_.runs[i / m_.kv_heads];
+      const int head = i % m_.kv_heads, tokens = run.end - run.start;
+      const size_t place = at(run.start, q_width) + at(head, group_width);
       float* out = s_.wide + place;  // q, k and v of every token have been taken out of it by now
-      attend_token(isa_, heads, s_.query + place, layer.keys, layer.values, b_.tables + b_.table_at[t], head,
-                   from, context, s_.decoder.buffers.scratch[rank_], out);
-      narrow_all(out, group_width, s_.attended + place);
+      const Queries queries{s_.query + place,
+                            out,
+                            tokens,
+                            b_.contexts[run.start],
+                            layer.window,
+                            static_cast<size_t>(q_width),
+                            static_cast<size_t>(q_width),
+                            b_.tables + b_.table_at[run.start]};
+      attend(isa_, heads, queries, layer.keys, layer.values, head, s_.decoder.buffers.scratch[rank_]);
+      for (int t = 0; t < tokens; ++t) narrow_all(out + at(t, q_width), group_width, s_.attended + place + at(t, q_width));
     });
     linear(layer.output, s_.attended, b_.tokens, s_.projected);
     lora(layer.targets + 3, &m_.hidden, 1, s_.attended, q_width, s_.projected, m_.hidden);
@@ -360,12 +383,18 @@ void adapterhub_attention(int isa, int kv_heads, int group, int dim, int value_d
                           const int32_t* contexts, int tokens, int window, float* out) {
   const Heads heads{kv_heads, group, dim, value_dim, scale};
   std::vector<float> scratch;
+#if defined(__x86_64__)
+  if (isa == kAmx) amx_begin();
+#endif
   for (int t = 0; t < tokens; ++t)
     for (int h = 0; h < kv_heads; ++h) {
       const size_t row = static_cast<size_t>(t) * kv_heads + h;
-      const int from = window > 0 ? std::max(0, contexts[t] - window) : 0;
-      attend_token(static_cast<Isa>(isa), heads, q + row * group * dim, keys, values, tables + table_at[t], h, from,
-                   contexts[t], scratch, out + row * group * value_dim);
+      const Queries one{q + row * group * dim, out + row * group * value_dim, 1, contexts[t], window, 0, 0,
+                        tables + table_at[t]};
+      attend(static_cast<Isa>(isa), heads, one, keys, values, h, scratch);
     }
+#if defined(__x86_64__)
+  if (isa == kAmx) amx_end();
+#endif
 }
 }
