@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.progress import track
 from rich.table import Table
 
@@ -178,13 +179,16 @@ def _show(trace: Trace, results: Sequence[Result]) -> None:
     first = 1000 * len(sizes) / len(trace)
     table = Table(
         title=f"{len(trace)} uses of {len(sizes)} adapters ({format_bytes(sum(sizes.values()))})",
-        caption=f"* fewest cold boots of these budgets. Each adapter's first use is one: {first:.1f} of 1000 at least.",
+        caption=f"Cold: read from disk or store; {first:.1f} per 1000 are first uses. * fewest cold for these budgets",
+        box=SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),  # so that 80 columns are enough
     )
     for heading in ("Device", "RAM"):
-        table.add_column(heading, justify="right")
-    table.add_column("Policy")
-    for heading in ("On device", "In RAM", "Cold boots / 1000", "Read", "Loads", "Evictions"):
-        table.add_column(heading, justify="right")
+        table.add_column(heading, justify="right", no_wrap=True)
+    table.add_column("Policy", no_wrap=True)
+    for heading in ("On\ndevice", "In\nRAM", "Cold per\n1000", "Read", "Loads", "Evicted"):
+        table.add_column(heading, justify="right", no_wrap=True)
     for setting, outcome in results:
         marked = chosen[setting.budgets] == setting
         table.add_row(
