@@ -132,7 +132,7 @@ def test_room_is_found_whenever_there_is_any_and_no_block_is_hurt(
         elif event == "expire":
             residency.expire(now)
             machine.sync()
-        elif keys and event == "arrive":
+        elif keys and event == "arrive" and residency.place(key).loading:
             residency.arrived(key)
         elif keys and event == "hold":
             residency.hold(key, now)

@@ -592,17 +592,27 @@ def test_what_is_read_ahead_is_there_when_it_is_asked_for(store: Store) -> None:
 
 
 def test_reading_ahead_takes_nothing_from_what_is_used_or_wanted_sooner(tmp_path: Path) -> None:
-    with opened(tmp_path, extents=2) as store:
-        used, sooner, later = (store.put(seed) for seed in range(3))
-        store.use(sooner)
+    with opened(tmp_path, extents=4) as store:
+        used, old, sooner, later, last = (store.put(seed) for seed in range(5))
         hold = store.load(used)
-        store.tiers.prefetch(later, {sooner.digest})
-        assert store.on_device() == {used.digest, sooner.digest}
-        assert not store.tiers._loading
-        store.tiers.prefetch(later, ())
+        for ref in (sooner, old, last):
+            store.use(ref)
+        assert not store.tiers.prefetch(later, {ref.digest for ref in (sooner, old, last)})
+        assert len(store.on_device()) == 4
+        assert store.tiers.prefetch(later, {sooner.digest})
         store.arrivals(1)
-        assert store.on_device() == {used.digest, later.digest}
+        assert store.on_device() == {ref.digest for ref in (used, sooner, last, later)}
         store.tiers.release(hold)
+
+
+def test_nothing_is_read_ahead_while_more_than_half_of_the_pool_is_in_use(store: Store) -> None:
+    refs = [store.put(seed) for seed in range(3)]
+    holds = [store.load(ref) for ref in refs[:2]]
+    assert not store.tiers.prefetch(refs[2], ())
+    store.tiers.release(holds.pop())
+    assert store.tiers.prefetch(refs[2], ())
+    store.arrivals(1)
+    store.tiers.release(holds.pop())
 
 
 def test_reading_ahead_does_not_hold_up_a_read_that_is_waited_for(store: Store) -> None:

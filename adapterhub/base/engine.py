@@ -292,16 +292,18 @@ class Engine:
 
     def _prefetch(self) -> None:
         """Reads ahead, while the readers have nothing else to do: what is asked for further back in the queue, then
-        what was hinted at. It takes nothing from those who come sooner."""
-        sooner: set[str] = set()
+        what was hinted at. It takes nothing from anybody who is in the queue."""
+        wanted: dict[str, AdapterRef] = {}
         if self.tiers.readers_idle and self._scheduler.num_waiting:
             batch = self._scheduler.max_batch
             for sequence in islice(self._scheduler.waiting(), batch, _AHEAD * batch):
                 if (adapter := sequence.request.adapter) is not None:
-                    self.tiers.prefetch(adapter, sooner)
-                    sooner.add(adapter.digest)
+                    wanted[adapter.digest] = adapter
+        for adapter in wanted.values():
+            if not self.tiers.prefetch(adapter, wanted.keys()):
+                return
         while self._hints and self.tiers.readers_idle:
-            self.tiers.prefetch(self._hints.popleft(), sooner)
+            self.tiers.prefetch(self._hints.popleft(), wanted.keys())
 
     def _step(self) -> bool:
         """One step of serving; False if there was nothing to do, or if it is the training job's turn."""

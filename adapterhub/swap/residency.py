@@ -73,6 +73,7 @@ class Residency:
         self.device = Keeper(self.rules.device)
         self.ram = Keeper(self.rules.ram)
         self.ram_bytes = ram_bytes
+        self.busy_bytes = 0  # of what is held or on its way
         self._places: dict[str, Place] = {}
         self._at: dict[int, str] = {}  # start -> key
         self._refused: int | None = None  # bytes for which there was no room, and nothing has left since
@@ -110,14 +111,16 @@ class Residency:
             if key in self.ram:
                 self.ram.rest(key, now)
         self._places[item.key] = Place(admission.start, size)
+        self.busy_bytes += size
         self._at[admission.start] = item.key
         pinned = pinned and _may_pin(self.device, size, self.allocator.capacity)
         self.device.insert(item._replace(size=size), now, pinned=pinned)
         return admission
 
     def arrived(self, key: str) -> None:
-        self._places[key].loading = False
-        self._refused = None
+        place = self._places[key]
+        place.loading = False
+        self._rest(place)
 
     def hold(self, key: str, now: float) -> None:
         """A request uses it from now on."""
@@ -126,6 +129,7 @@ class Residency:
             self.device.rest(key, now)
         else:
             self.device.touch(key, now)
+        self.busy_bytes += 0 if place.busy else place.size
         place.fresh = False
         place.users += 1
 
@@ -133,8 +137,7 @@ class Residency:
         place = self._places[key]
         place.users -= 1
         self.device.rest(key, now)
-        if not place.users:
-            self._refused = None
+        self._rest(place)
 
     def remove(self, key: str) -> None:
         """It leaves the device for another reason than that another comes."""
@@ -210,6 +213,7 @@ class Residency:
         self.ram.check_integrity()
         assert set(self.device) == self._places.keys(), "the device holds other blocks than have places"
         assert self._at == {place.start: key for key, place in self._places.items()}, "the index of places is wrong"
+        assert self.busy_bytes == sum(p.size for p in self._places.values() if p.busy), "busy bytes drifted"
         for place in self._places.values():
             assert self.allocator.at(place.start) == Span(place.start, place.size, False), "an extent has no block"
             assert place.users >= 0, "released more often than held"
@@ -273,8 +277,15 @@ class Residency:
             self._at[at] = key
             at += place.size
 
+    def _rest(self, place: Place) -> None:
+        """It may be evicted now, unless others hold it."""
+        if not place.busy:
+            self.busy_bytes -= place.size
+            self._refused = None
+
     def _forget(self, key: str) -> None:
         place = self._places.pop(key)
+        self.busy_bytes -= place.size if place.busy else 0
         del self._at[place.start]
         self.allocator.release(place.start)
         self._refused = None

@@ -30,6 +30,7 @@ from adapterhub.swap.ref import AdapterRef, Tier
 from adapterhub.swap.residency import Admission, Plan, Residency, item_of
 
 log = logging.getLogger(__name__)
+_READ_AHEAD_SHARE = 0.5
 _TIERS = (Tier.DEVICE, Tier.RAM, Tier.DISK, Tier.REMOTE)
 
 
@@ -126,14 +127,18 @@ class Tiers:
         """Whether a load could start at once without holding up another."""
         return len(self._loading) < self.loader.threads and self._changing is None
 
-    def prefetch(self, ref: AdapterRef, spare: Collection[str]) -> None:
+    def prefetch(self, ref: AdapterRef, spare: Collection[str]) -> bool:
         """Starts a load that nobody waits for yet, if there is room without those of `spare`, and without those in use.
+        False when there is none.
 
-        A failure is told to the next who asks.
+        A failure is told to the next who asks. Nothing is loaded while more than half of the pool is in use: it would
+        have to leave again before it is asked for.
         """
-        fits = ref.nbytes <= self.residency.allocator.capacity
-        if fits and ref.digest not in self._residents and self.readers_idle:
-            self._start_load(ref, spare)
+        if ref.digest in self._residents:
+            return True
+        most = self.residency.allocator.capacity * _READ_AHEAD_SHARE
+        fits = self.residency.busy_bytes + ref.nbytes <= most
+        return fits and self.readers_idle and self._start_load(ref, spare) is not None
 
     # -- what operators do
 
