@@ -7,6 +7,7 @@ import os
 import pty
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import threading
@@ -24,7 +25,19 @@ from typer.testing import CliRunner
 
 from adapterhub import __version__
 from adapterhub.cli.main import app
-from tests.serving import BASE, COMMAND, SECONDS, PeftFiles, Server, User, chat_lines, environment, run_cli
+from tests.serving import (
+    BASE,
+    COMMAND,
+    SECONDS,
+    PeftFiles,
+    Server,
+    User,
+    chat_lines,
+    environment,
+    run_cli,
+    running,
+    small_config,
+)
 
 
 def ran(*arguments: str, said: str = "", user: User | None = None) -> str:
@@ -53,9 +66,12 @@ def test_it_says_its_version_and_what_each_command_does() -> None:
         ["doctor"],
         ["train"],
         ["chat"],
+        ["top"],
         *(["keys", c] for c in ("create",)),
         *(["jobs", c] for c in ("list", "show")),
-        *(["adapters", c] for c in ("list", "show", "import", "export", "evict", "delete")),
+        *(["adapters", c] for c in ("list", "show", "import", "export", "pin", "unpin", "evict", "delete")),
+        *(["tiers", *c] for c in ([], ["set"])),
+        *(["policy", c] for c in ("show", "set", "simulate")),
     ):
         shown = CliRunner().invoke(app, [*command, "--help"], prog_name="adapterhub")
         assert shown.exit_code == 0
@@ -300,6 +316,9 @@ def test_an_admin_sees_steers_and_deletes_everybodys_adapters(
     assert user.tier(alias) == "device"
     assert ran("adapters", "evict", alias, user=server.admin) == f"Evicted {alias}.\n"
     assert user.tier(alias) == "disk"
+    ran("adapters", "evict", alias, "--tier", "ram", user=server.admin)
+    assert user.tier(alias) == "device"
+    assert run_cli("adapters", "evict", alias, "--tier", "disk", user=server.admin).returncode == 2
     for options in (["--all"], ["--owner", user.owner]):
         assert "admin key" in failed("adapters", "list", *options, user=user)
     assert "admin key" in failed("adapters", "evict", "mine", user=user)
@@ -309,6 +328,111 @@ def test_an_admin_sees_steers_and_deletes_everybodys_adapters(
             assert f"You have no adapter '{which}'" in failed("adapters", *command, which, user=stranger)
     assert ran("adapters", "delete", alias, "--yes", user=server.admin) == f"Deleted {alias}.\n"
     assert listed(user=user) == []
+
+
+def test_owners_pin_and_unpin_their_own_and_an_operator_anybodys(
+    server: Server, user: User, adapter: PeftFiles
+) -> None:
+    for name in ("a", "b"):
+        user.import_adapter(adapter, name)
+    both = [f"{user.owner}/{name}" for name in ("a", "b")]
+    assert ran("adapters", "pin", "a", "b", user=user) == f"Pinned {both[0]}.\nPinned {both[1]}.\n"
+    assert "by owner" in ran("adapters", "list", "--pinned", user=user)
+    [answer] = json.loads(ran("adapters", "pin", both[1], "--json", user=server.admin))
+    assert (answer["name"], answer["pinned"]) == ("b", "admin")
+    assert "pinned by admin" in ran("adapters", "show", "b", user=user)
+    assert "only they can unpin it" in failed("adapters", "unpin", "b", user=user)
+    assert ran("adapters", "unpin", "a", user=user) == f"Unpinned {both[0]}.\n"
+    assert ran("adapters", "unpin", *both, user=server.admin).count("Unpinned") == 2
+    assert listed("--pinned", user=user) == []
+    assert "You have no adapter" in failed("adapters", "pin", both[0], user=server.user())
+
+
+# -- tiers, policy, top
+
+
+@pytest.fixture(scope="module")
+def own_server(base_directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """One whose budgets and rules no other test counts on."""
+    with running(small_config(base_directory, tmp_path_factory.mktemp("own") / "data")) as started:
+        yield started
+
+
+def test_tiers_are_shown_and_their_budgets_set(own_server: Server, adapter: PeftFiles) -> None:
+    user, admin = own_server.user(), own_server.admin
+    user.tier(user.import_adapter(adapter, "mine")["model"])
+    table = ran("tiers", user=admin)
+    for text in ("device", "8.0 MiB", "RAM", "disk", "Hit ratio", "p99", " ms", "fragmentation 0.0%"):
+        assert text in table
+    assert json.loads(ran("tiers", "--json", user=admin))["tiers"]["device"]["budget_bytes"] == 8 * 1024**2
+    said = json.loads(ran("tiers", "set", "--device", "4MiB", "--ram", "1MiB", "--json", user=admin))
+    assert [said["tiers"][t]["budget_bytes"] for t in ("device", "ram", "disk")] == [4 << 20, 1 << 20, 64 << 30]
+    assert "2.0 GiB" in ran("tiers", "set", "--disk", "2G", user=admin)
+    assert "at least one of --device, --ram and --disk" in failed("tiers", "set", user=admin)
+    assert "'lots' is not a size" in failed("tiers", "set", "--ram", "lots", user=admin)
+    assert "cannot be evicted" in failed("tiers", "set", "--disk", "1K", user=admin)
+    for command in (["tiers"], ["tiers", "set", "--ram", "0"], ["policy", "show"], ["top", "--once"]):
+        assert "admin key" in failed(*command, user=user)
+
+
+def test_the_policy_is_shown_tried_and_set(own_server: Server, other_adapter: PeftFiles) -> None:
+    user, admin = own_server.user(), own_server.admin
+    ran("tiers", "set", "--ram", "1MiB", user=admin)
+    alias = user.import_adapter(other_adapter, "mine")["model"]
+    user.tier(alias)
+    unset = {"policy": "lru", "ttl_seconds": None, "owners": {}}
+    assert json.loads(ran("policy", "show", "--json", user=admin)) == {"device": unset, "ram": unset, "disk": unset}
+
+    said = ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", user=admin)
+    assert alias in said
+    assert "1 adapter (11.0 KiB) would leave the device, 1 (10.9 KiB) RAM" in said
+    assert "Nothing was changed." in said
+    plan = json.loads(ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", "--json", user=admin))
+    assert plan["device"][0]["models"] == [alias]
+    assert user.tier(alias) == "device"
+
+    ran("policy", "set", "--policy", "gdsf", user=admin)
+    ran("policy", "set", "--tier", "ram", "--ttl", "1.5h", user=admin)
+    ran("policy", "set", "--tier", "device", "--owner", "ada", "--floor", "2M", "--priority", "high", user=admin)
+    said = ran("policy", "set", "--tier", "device", "--owner", "ada", "--ceiling", "3M", "--json", user=admin)
+    rule = {"floor_bytes": 2 << 20, "ceiling_bytes": 3 << 20, "priority": 2}
+    assert json.loads(said) == {
+        "device": {"policy": "gdsf", "ttl_seconds": None, "owners": {"ada": rule}},
+        "ram": {"policy": "gdsf", "ttl_seconds": 5400, "owners": {}},
+        "disk": unset,
+    }
+    shown = ran("policy", "show", user=admin)
+    for text in ("gdsf", "1.5 h", "ada", "2.0 MiB", "3.0 MiB", "high"):
+        assert text in shown
+    ran("policy", "set", "--owner", "ada", "--reset", "--ttl", "none", user=admin)
+    assert "ada" not in ran("policy", "show", user=admin)
+
+    assert "Give what to change" in failed("policy", "set", user=admin)
+    for wrong in (["--floor", "1K"], ["--owner", "ada"], ["--reset"], ["--owner", "ada", "--reset", "--floor", "1"]):
+        assert "--owner goes with" in failed("policy", "set", *wrong, user=admin)
+    assert "is not a duration" in failed("policy", "set", "--ttl", "soon", user=admin)
+    assert "ceiling of 1 bytes" in failed("policy", "set", "--owner", "x", "--floor", "2", "--ceiling", "1", user=admin)
+
+
+def test_top_looks_once_or_goes_on(own_server: Server, adapter: PeftFiles) -> None:
+    user, admin = own_server.user(), own_server.admin
+    alias = user.import_adapter(adapter, "mine")["model"]
+    user.tier(alias)
+    for options in ([], ["--once"]):
+        said = ran("top", *options, user=admin)
+        assert all(text in said for text in (BASE, "0 running, 0 waiting", "KV cache", alias, "Evictions"))
+    seen = json.loads(ran("top", "--once", "--json", "--rows", "1", user=admin))
+    assert [a["model"] for a in seen["adapters"]] == [alias]
+    account = environment(ADAPTERHUB_URL=admin.url, ADAPTERHUB_API_KEY=admin.key)
+    options = ["--json", "--interval", "0.1"]
+    with subprocess.Popen([str(COMMAND), "top", *options], stdout=subprocess.PIPE, text=True, env=account) as process:
+        assert process.stdout is not None
+        lines = [json.loads(process.stdout.readline()) for _ in range(2)]
+        process.send_signal(signal.SIGINT)
+        process.stdout.read()
+        assert process.wait(SECONDS) == 0
+    assert lines[0]["per_second"] is None
+    assert lines[1]["per_second"].keys() == {"tokens", "hits", "loads"}
 
 
 # -- from a file to a conversation

@@ -1,4 +1,4 @@
-"""`adapterhub adapters`: list, show, import, export, evict, delete."""
+"""`adapterhub adapters`: list, show, import, export, pin, unpin, evict, delete."""
 
 from __future__ import annotations
 
@@ -40,6 +40,11 @@ class Place(StrEnum):
     RAM = "ram"
     DISK = "disk"
     REMOTE = "remote"
+
+
+class Memory(StrEnum):
+    DEVICE = "device"
+    RAM = "ram"
 
 
 @app.command("list")
@@ -148,8 +153,24 @@ def export_adapter(
 
 
 @app.command()
+def pin(which: Several, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
+    """Keep adapters in memory, once they are there, whatever else is asked for.
+
+    An owner's pins may hold a sixteenth of the device's budget; all pins, which an admin key can set, three quarters.
+    """
+    _steer(Client(url, key), which, "pin", "Pinned", as_json)
+
+
+@app.command()
+def unpin(which: Several, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
+    """Let adapters leave memory again when others need the room. What an operator pinned, only they unpin."""
+    _steer(Client(url, key), which, "unpin", "Unpinned", as_json)
+
+
+@app.command()
 def evict(
     which: Several,
+    tier: Annotated[Memory | None, typer.Option(help="Only from there; by default from device and RAM.")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
@@ -157,8 +178,9 @@ def evict(
     """Take adapters out of memory; the next request loads them again. Needs an admin key."""
     client = Client(url, key)
     answers = []
+    body = {} if tier is None else {"tier": tier}
     for adapter, _ in find(client, which):
-        answers.append(client.post(f"/admin/adapters/{adapter['id']}/evict"))
+        answers.append(client.post(f"/admin/adapters/{adapter['id']}/evict", json=body))
         if not as_json:
             later = "" if answers[-1]["evicted"] else " as soon as the requests that use it have ended"
             console.print(f"Evicted {adapter['model']}{later}.")
@@ -213,3 +235,17 @@ def _find(client: Client, which: str) -> Found:
                 route = f"{path}/{quote(which, safe='')}"
                 return Found(client.get(route), route)
     raise HubError(f"You have no adapter {which!r}. `adapterhub adapters list` shows yours.")
+
+
+def _steer(client: Client, which: Sequence[str], verb: str, done: str, as_json: bool) -> None:
+    """As the operator where the key may, and else as the owner."""
+    answers = []
+    for adapter, _ in find(client, which):
+        try:
+            answers.append(client.post(f"/admin/adapters/{adapter['id']}/{verb}"))
+        except Forbidden:
+            answers.append(client.post(f"/v1/adapters/{adapter['id']}/{verb}"))
+        if not as_json:
+            console.print(f"{done} {adapter['model']}.")
+    if as_json:
+        print_json(answers)

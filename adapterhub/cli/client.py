@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Annotated, Any, BinaryIO
 
@@ -137,16 +137,23 @@ def _stranger(answer: httpx.Response) -> HubError:
 def show(
     value: Any, as_json: bool, columns: Mapping[str, str], *, title: str = "", right: Collection[str] = ()
 ) -> None:
-    """A list of objects as a table of `columns` (heading -> field), those in `right` set to the right, or as JSON."""
+    """A list of objects as a table of `columns`, or as JSON."""
     if as_json:
         print_json(value)
-        return
-    table = Table(title=title or None)
+    else:
+        console.print(table_of(value, columns, title=title, right=right))
+
+
+def table_of(
+    items: Iterable[Mapping[str, Any]], columns: Mapping[str, str], *, title: str = "", right: Collection[str] = ()
+) -> Table:
+    """A row for each object: its fields under the headings of `columns`, those in `right` set to the right."""
+    table = Table(title=title or None, title_justify="left")
     for heading in columns:
         table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
-    for item in value:
+    for item in items:
         table.add_row(*("" if item.get(f) is None else escape(str(item[f])) for f in columns.values()))
-    console.print(table)
+    return table
 
 
 def print_json(value: Any) -> None:

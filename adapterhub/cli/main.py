@@ -10,10 +10,11 @@ from typing import Annotated
 import typer
 
 from adapterhub import __version__
-from adapterhub.cli import adapters, jobs, users
+from adapterhub.cli import adapters, jobs, policy, tiers, users
 from adapterhub.cli.client import print_error
 from adapterhub.cli.doctor import doctor
 from adapterhub.cli.serve import serve
+from adapterhub.cli.top import top
 from adapterhub.config import default_data_dir
 from adapterhub.errors import HubError
 
@@ -28,10 +29,13 @@ keys = typer.Typer(help="API keys.", no_args_is_help=True)
 app.add_typer(keys, name="keys")
 app.add_typer(adapters.app, name="adapters")
 app.add_typer(jobs.app, name="jobs")
+app.add_typer(tiers.app, name="tiers")
+app.add_typer(policy.app, name="policy")
 app.command()(serve)
 app.command()(doctor)
 app.command()(users.train)
 app.command()(users.chat)
+app.command()(top)
 
 
 @app.callback(invoke_without_command=True)

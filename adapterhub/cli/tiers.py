@@ -1,0 +1,90 @@
+"""`adapterhub tiers`: budgets and use of device, RAM, disk and store, shown and set."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, console, print_json, table_of
+from adapterhub.cli.formats import milliseconds, percent
+from adapterhub.config import format_bytes, parse_bytes
+from adapterhub.errors import BadRequest
+
+app = typer.Typer()
+
+
+@app.callback(invoke_without_command=True)
+def show_tiers(context: typer.Context, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
+    """Show budgets, use, hits and load times of each tier; `set` changes the budgets. Needs an admin key."""
+    if context.invoked_subcommand is None:
+        _show(Client(url, key).get("/admin/tiers"), as_json)
+
+
+@app.command("set")
+def set_budgets(
+    device: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Budget of the host RAM tier; 0 for none.")] = None,
+    disk: Annotated[str | None, typer.Option(help="Budget of the block files on disk.")] = None,
+    as_json: Json = False,
+    url: Url = DEFAULT_URL,
+    key: Key = "",
+) -> None:
+    """Change budgets while requests run, and for the next start. What no longer fits leaves that tier."""
+    given = {"device_bytes": device, "ram_bytes": ram, "disk_bytes": disk}
+    sizes = {name: parse_bytes(size) for name, size in given.items() if size is not None}
+    if not sizes:
+        raise BadRequest("Give at least one of --device, --ram and --disk.")
+    _show(Client(url, key).patch("/admin/tiers", sizes), as_json)
+
+
+def _show(answer: dict[str, Any], as_json: bool) -> None:
+    if as_json:
+        print_json(answer)
+        return
+    tiers = answer["tiers"]
+    console.print(tiers_table(tiers))
+    device = tiers["device"]
+    console.print(
+        f"Free on the device: {format_bytes(device['budget_bytes'] - device['used_bytes'])}, of which "
+        f"{format_bytes(device['largest_free_bytes'])} in one piece (fragmentation "
+        f"{percent(device['fragmentation'])}). Moved together so far: {format_bytes(device['moved_bytes'])}."
+    )
+    if "store" in tiers:
+        console.print(f"The store is {tiers['store']['url']}.", soft_wrap=True, markup=False)
+
+
+def tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
+    """A row for each tier, as the server tells of them."""
+    columns = {
+        "Tier": "tier",
+        "Budget": "budget",
+        "Used": "used",
+        "Adapters": "adapters",
+        "Pinned": "pinned",
+        "Hits": "hits",
+        "Hit ratio": "hit_ratio",
+        "Loads": "loads",
+        "p50": "p50",
+        "p99": "p99",
+        "Evictions": "evictions",
+    }
+    rows = [{**tier, "tier": "RAM" if name == "ram" else name, **_formatted(tier)} for name, tier in tiers.items()]
+    return table_of(rows, columns, right=[heading for heading in columns if heading != "Tier"])
+
+
+def _formatted(tier: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader wants otherwise than the server says it. A store has no budget, and a device is loaded from
+    elsewhere: its load times are those of the other tiers."""
+    found = {}
+    if "budget_bytes" in tier:
+        used, budget = tier["used_bytes"], tier["budget_bytes"]
+        share = f" ({percent(used / budget)})" if budget else ""
+        found = {"budget": format_bytes(budget), "used": f"{format_bytes(used)}{share}"}
+        found["hit_ratio"] = percent(tier["hit_ratio"])
+    if "load_ms" in tier:
+        times = tier["load_ms"] or {"p50": None, "p99": None}
+        found |= {name: milliseconds(times[name]) for name in ("p50", "p99")}
+    return found
