@@ -12,14 +12,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-import typer
 from click.testing import Result as Called
 from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
-from adapterhub.cli.simulate import simulate as command
+from adapterhub.cli import app
 from adapterhub.errors import BadRequest
 from adapterhub.swap.allocator import ALIGNMENT, aligned
 from adapterhub.swap.generate import RANK_BYTES, Shape, generate, zipf
@@ -197,9 +196,7 @@ def budget_options(budgets: Budgets) -> tuple[str, ...]:
 
 
 def call(*arguments: Any) -> Called:
-    app = typer.Typer()
-    app.command()(command)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], env={"COLUMNS": "200"})
+    return CliRunner().invoke(app, ["policy", "simulate", *map(str, arguments)], env={"COLUMNS": "200"})
 
 
 SMALL = ("--generate", "zipf", "--adapters", "30", "--requests", "400")
