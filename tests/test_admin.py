@@ -221,14 +221,14 @@ def test_pins_are_bounded_for_each_owner_and_for_all(
         status, param, message = refused(user.http.post(f"/v1/adapters/{other}/pin"))
         assert (status, param) == (400, "id")
         assert "your pins would hold 25." in message
-        assert "an owner's may hold 16.0 KiB, 0.0625 of the device's 256.0 KiB" in message
+        assert "an owner's may hold 16.0 KiB, 1/16 of the device's 256.0 KiB" in message
         assert names(user, "/v1/adapters", pinned=True) == ["one"]
         server.admin.http.post(f"/admin/adapters/{other}/pin").raise_for_status()
         server.admin.http.patch("/admin/tiers", json={"device_bytes": 40 * KIB}).raise_for_status()
         status, param, message = refused(server.admin.http.post(f"/admin/adapters/{third}/pin"))
         assert (status, param) == (400, "id")
         assert "all owners' pins together would hold 40." in message
-        assert "all may hold 30.0 KiB, 0.75 of the device's 40.0 KiB" in message
+        assert "all may hold 30.0 KiB, 3/4 of the device's 40.0 KiB" in message
 
 
 def test_an_owner_cannot_undo_the_operators_pin(server: Server, user: User, adapter: PeftFiles) -> None:

@@ -362,7 +362,7 @@ def test_tiers_are_shown_and_their_budgets_set(own_server: Server, adapter: Peft
     user, admin = own_server.user(), own_server.admin
     user.tier(user.import_adapter(adapter, "mine")["model"])
     table = ran("tiers", user=admin)
-    for text in ("device", "8.0 MiB", "RAM", "disk", "Hit ratio", "p99", " ms", "fragmentation 0.0%"):
+    for text in ("device", "8.0 MiB", "ram", "disk", "Hit ratio", "p99", " ms", "fragmentation 0.0%"):
         assert text in table
     assert json.loads(ran("tiers", "--json", user=admin))["tiers"]["device"]["budget_bytes"] == 8 * 1024**2
     said = json.loads(ran("tiers", "set", "--device", "4MiB", "--ram", "1MiB", "--json", user=admin))
@@ -385,7 +385,7 @@ def test_the_policy_is_shown_tried_and_set(own_server: Server, other_adapter: Pe
 
     said = ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", user=admin)
     assert alias in said
-    assert "1 adapter (11.0 KiB) would leave the device, 1 (10.9 KiB) RAM" in said
+    assert "would leave the device: 1 (11.0 KiB), and RAM: 1 (10.9 KiB)." in said
     assert "Nothing was changed." in said
     plan = json.loads(ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", "--json", user=admin))
     assert plan["device"][0]["models"] == [alias]

@@ -114,7 +114,7 @@ def show_adapter(which: Which, as_json: Json = False, url: Url = DEFAULT_URL, ke
     console.print(f"[bold]{adapter['model']}[/bold]  {adapter['id']}")
     console.print(f"base {adapter['base']}, current version {adapter['current']}, in tier {adapter['tier']}")
     pinned = f"pinned by {adapter['pinned']}" if adapter["pinned"] else "not pinned"
-    uses = f"{adapter['hits']} hits, {adapter['loads']} loads, last use {ago(adapter['last_used_at'])}"
+    uses = f"hits {adapter['hits']}, loads {adapter['loads']}, last use {ago(adapter['last_used_at'])}"
     console.print(f"{uses}, {pinned}")
     versions = [{**v, "bytes": format_bytes(v["bytes"])} for v in adapter["versions"]]
     columns = {"No": "number", "Model": "model", "From": "origin", "Rank": "rank", "Size": "bytes", "Tier": "tier"}

@@ -140,8 +140,5 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     if rows:
         show(rows, False, {"Tier": "tier", "Would go": "models", "Size": "bytes"}, right=("Size",))
     freed = [format_bytes(sum(gone["bytes"] for gone in plan[tier])) for tier in ("device", "ram")]
-    device, ram = len(plan["device"]), len(plan["ram"])
-    console.print(
-        f"{device} adapter{'' if device == 1 else 's'} ({freed[0]}) would leave the device, {ram} ({freed[1]}) RAM. "
-        "Nothing was changed."
-    )
+    device, ram = (f"{len(plan[tier])} ({size})" for tier, size in zip(("device", "ram"), freed, strict=True))
+    console.print(f"Adapters that would leave the device: {device}, and RAM: {ram}. Nothing was changed.")

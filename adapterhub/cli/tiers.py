@@ -71,7 +71,7 @@ def tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
         "p99": "p99",
         "Evictions": "evictions",
     }
-    rows = [{**tier, "tier": "RAM" if name == "ram" else name, **_formatted(tier)} for name, tier in tiers.items()]
+    rows = [{**tier, "tier": name, **_formatted(tier)} for name, tier in tiers.items()]
     return table_of(rows, columns, right=[heading for heading in columns if heading != "Tier"])
 
 

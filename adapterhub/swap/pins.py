@@ -10,6 +10,7 @@ import json
 import threading
 from collections.abc import Callable, Iterable
 from enum import StrEnum
+from fractions import Fraction
 
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest, Forbidden
@@ -48,9 +49,10 @@ class Pins:
             db.table("adapters").update(adapter, {"pinned": by})
             if by is PinnedBy.OWNER:
                 own = self._bytes("a.owner = ? and a.pinned = ?", (row["owner"], by))
-                _check(own, device_bytes, OWNER_SHARE, "your pins", "an owner's")
+                _check(own, device_bytes, OWNER_SHARE, "your pins", "an owner's", "ask the operator to pin it")
             if row["pinned"] is None:
-                _check(self._bytes("true", ()), device_bytes, PINNED_SHARE, "all owners' pins together", "all")
+                held = self._bytes("true", ())
+                _check(held, device_bytes, PINNED_SHARE, "all owners' pins together", "all", "raise the budget")
         self.settle([row["digest"]])
 
     def unpin(self, adapter: str, by: PinnedBy) -> None:
@@ -83,11 +85,11 @@ class Pins:
         return sum(aligned(row["nbytes"]) for row in rows)
 
 
-def _check(held: int, device_bytes: int, share: float, whose: str, of: str) -> None:
+def _check(held: int, device_bytes: int, share: float, whose: str, of: str, otherwise: str) -> None:
     limit = int(device_bytes * share)
     if held > limit:
         raise BadRequest(
             f"With this adapter {whose} would hold {format_bytes(held)}; {of} may hold {format_bytes(limit)}, "
-            f"{share:.4g} of the device's {format_bytes(device_bytes)}. Unpin another first.",
+            f"{Fraction(share)} of the device's {format_bytes(device_bytes)}. Unpin another, or {otherwise}.",
             param="id",
         )
