@@ -414,6 +414,10 @@ def test_the_policy_is_shown_tried_and_set(own_server: Server, other_adapter: Pe
     assert "ceiling of 1 bytes" in failed("policy", "set", "--owner", "x", "--floor", "2", "--ceiling", "1", user=admin)
 
 
+def _heed_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def test_top_looks_once_or_goes_on(own_server: Server, adapter: PeftFiles) -> None:
     user, admin = own_server.user(), own_server.admin
     alias = user.import_adapter(adapter, "mine")["model"]
@@ -425,7 +429,11 @@ def test_top_looks_once_or_goes_on(own_server: Server, adapter: PeftFiles) -> No
     assert [a["model"] for a in seen["adapters"]] == [alias]
     account = environment(ADAPTERHUB_URL=admin.url, ADAPTERHUB_API_KEY=admin.key)
     options = ["--json", "--interval", "0.1"]
-    with subprocess.Popen([str(COMMAND), "top", *options], stdout=subprocess.PIPE, text=True, env=account) as process:
+    command = [str(COMMAND), "top", *options]
+    # a shell's background job hands on that it ignores Ctrl-C
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=account, preexec_fn=_heed_interrupts
+    ) as process:
         assert process.stdout is not None
         lines = [json.loads(process.stdout.readline()) for _ in range(2)]
         process.send_signal(signal.SIGINT)
