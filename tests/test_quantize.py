@@ -113,7 +113,7 @@ def test_a_tokens_product_is_the_same_among_any_number(precision: Precision, isa
         return y
 
     alone = torch.cat([product(t, t + 1) for t in range(len(x))])
-    for count in (2, 3, 4, 5, 6, 15, 16, 17, 22, 41):
+    for count in (2, 3, 4, 5, 8, 11, 12, 16, 17, 30, 41):
         assert torch.equal(product(0, count), alone[:count]), count
 
 

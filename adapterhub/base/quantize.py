@@ -1,8 +1,8 @@
 """The base's weights in 8 or 4 bits, while adapters stay in 16: `w = scale * q + minimum` in groups of 32 columns.
 
 Torch expands a whole linear at a time to bf16 where it is used; native code multiplies in integers, or expands a few
-rows at a time. The layout is the one that `native/linear.h` reads: int4 packs columns 2i and 2i + 1 into byte i, the even
-one low.
+rows at a time. The layout is the one that `native/linear.h` reads: int4 packs columns 2i and 2i + 1 into byte i, the
+even one low.
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ inline bool in_integers(Isa isa, const Matrix& w) { return isa >= kAvx512 && w.f
 constexpr int kLanes = 4;                    // partial sums, and groups in a chunk
 constexpr int kChunk = kLanes * kGroup;      // columns
 constexpr int kTileTokens = 16;
-constexpr int kTilesFrom = 6;  // tokens from which on sixteen with AMX, however many are there, take less time
+constexpr int kTilesFrom = 12;  // from so many tokens on, AMX, which takes as long as for sixteen, is faster
 
 // One token's activations in one chunk. For int8 weights the columns are in order; for int4 the even ones come first, as
 // the low and the high nibbles of 64 bytes of weights have them.
@@ -111,7 +111,8 @@ inline void code(Isa isa, const Matrix& w, const bf16* x, int tokens, int i, Cod
   const int first = i * kTileTokens, last = tokens - first < kTileTokens ? tokens : first + kTileTokens;
   CodedChunk* chunks = coded.chunks.data() + static_cast<size_t>(first) * chunks_of(w.cols);
   for (int t = first; t < last; ++t)
-    code_token(x + static_cast<size_t>(t) * w.cols, w.cols, w.format, chunks + static_cast<size_t>(t - first) * chunks_of(w.cols));
+    code_token(x + static_cast<size_t>(t) * w.cols, w.cols, w.format,
+               chunks + static_cast<size_t>(t - first) * chunks_of(w.cols));
   if (isa == kAmx && fits_amx(w) && last - first >= kTilesFrom)
     code_tiles(chunks, last - first, w.cols, w.format, coded.tiles.data() + static_cast<size_t>(i) * (w.cols / kGroup));
 }
@@ -134,8 +135,6 @@ AVX512 inline __m512 widen_4x4(const bf16* const* rows, int at, int groups) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(all), 16));
 }
 
-// Four rows of weights, and how far their sums with some tokens have come: lane 4p + i of sums[t] is the partial sum p of
-// row i.
 struct FourRows {
   const uint8_t* data[4];
   const bf16 *scales[4], *minima[4];
@@ -143,6 +142,8 @@ struct FourRows {
 
 constexpr int kWeightsAhead = 6144;  // bytes
 
+// Adds chunk c, which has so many groups, of four rows by kTokens tokens: lane 4p + i of sums[t] is the partial sum p of
+// row i.
 template <int kFormat, int kTokens>
 AVX512 inline void add_chunk(const FourRows& rows, int c, int groups, const CodedChunk* const* x, __m512* sums) {
   constexpr int kBytes = kFormat == kInt4 ? kChunk / 2 : kChunk;
@@ -158,8 +159,10 @@ AVX512 inline void add_chunk(const FourRows& rows, int c, int groups, const Code
     } else {
       const uint64_t first = groups >= 2 ? ~0ull : 0xffffffffull;
       const uint64_t second = groups > 3 ? ~0ull : groups == 3 ? 0xffffffffull : 0;
-      low[i] = _mm512_xor_si512(whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(first, from), sign);
-      high[i] = _mm512_xor_si512(whole ? _mm512_loadu_si512(from + 64) : _mm512_maskz_loadu_epi8(second, from + 64), sign);
+      low[i] = whole ? _mm512_loadu_si512(from) : _mm512_maskz_loadu_epi8(first, from);
+      high[i] = whole ? _mm512_loadu_si512(from + 64) : _mm512_maskz_loadu_epi8(second, from + 64);
+      low[i] = _mm512_xor_si512(low[i], sign);
+      high[i] = _mm512_xor_si512(high[i], sign);
     }
   }
   const __m512 scale = widen_4x4(rows.scales, c * kLanes, groups);
@@ -231,7 +234,10 @@ AVX512 inline void integer_few(const Matrix& w, const CodedChunk* coded, int tok
   for (int t = 0; t < tokens;) {
     const CodedChunk* from = coded + static_cast<size_t>(t) * chunks;
     float* to = y + static_cast<size_t>(t) * w.rows;
-    if (tokens - t >= 4) {
+    if (tokens - t >= 8) {
+      integer_rows<kFormat, 8>(w, from, to, first, last, next);
+      t += 8;
+    } else if (tokens - t >= 4) {
       integer_rows<kFormat, 4>(w, from, to, first, last, next);
       t += 4;
     } else if (tokens - t >= 2) {
