@@ -4,8 +4,8 @@
 //   y = sum over groups g of (scale_w scale_x)_g * (q_w . q_x)_g + minimum_g * (scale_x * sum of q_x)_g
 //
 // Group g belongs to the partial sum g mod 4, in the order of g, and the four are added in pairs. Both ways below make
-// just these sums: one for few tokens, where the weights are read at the memory's speed, one with AMX for many. So what a
-// token gets does not depend on how many others there are.
+// just these sums: one for few tokens, where the weights are read at the memory's speed, one with AMX for many. So what
+// a token gets does not depend on how many others there are.
 #pragma once
 
 #include <vector>
@@ -19,8 +19,8 @@ constexpr int kChunk = kLanes * kGroup;      // columns
 constexpr int kTileTokens = 16;
 constexpr int kTilesFrom = 12;  // from so many tokens on, AMX, which takes as long as for sixteen, is faster
 
-// One token's activations in one chunk. For int8 weights the columns are in order; for int4 the even ones come first, as
-// the low and the high nibbles of 64 bytes of weights have them.
+// One token's activations in one chunk. For int8 weights the columns are in order; for int4 the even ones come first,
+// as the low and the high nibbles of 64 bytes of weights have them.
 struct alignas(64) CodedChunk {
   int8_t q[kChunk];
   float scale[16], sum[16];  // of group i in lanes 4i .. 4i + 3; sum: scale * sum of q. Zeros where there is no group.
@@ -142,8 +142,8 @@ struct FourRows {
 
 constexpr int kWeightsAhead = 6144;  // bytes
 
-// Adds chunk c, which has so many groups, of four rows by kTokens tokens: lane 4p + i of sums[t] is the partial sum p of
-// row i.
+// Adds chunk c, which has so many groups, of four rows by kTokens tokens: lane 4p + i of sums[t] is the partial sum p
+// of row i.
 template <int kFormat, int kTokens>
 AVX512 inline void add_chunk(const FourRows& rows, int c, int groups, const CodedChunk* const* x, __m512* sums) {
   constexpr int kBytes = kFormat == kInt4 ? kChunk / 2 : kChunk;
