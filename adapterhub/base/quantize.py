@@ -1,7 +1,8 @@
 """The base's weights in 8 or 4 bits, while adapters stay in 16: `w = scale * q + minimum` in groups of 32 columns.
 
-Expanded to bf16 where they are used: natively a few rows at a time, in torch a whole linear at a time. The layout is
-the one that `native/linear.h` reads: int4 packs columns 2i and 2i + 1 into byte i, the even one low.
+Torch expands a whole linear at a time to bf16 where it is used; native code multiplies in integers, or expands a few
+rows at a time. The layout is the one that `native/linear.h` reads: int4 packs columns 2i and 2i + 1 into byte i, the
+even one low.
 """
 
 from __future__ import annotations

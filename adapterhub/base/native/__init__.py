@@ -83,7 +83,7 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
         ("decoder_free", None, [pointer]),
         ("step", None, [pointer, pointer, pointer]),
         ("linear", None, [integer, pointer, pointer, integer, pointer]),
-        ("expand", None, [integer, pointer, integer, integer, pointer]),
+        ("expand", None, [pointer, integer, integer, pointer]),
         ("lora", None, [integer, pointer, pointer, integer, integer, pointer, integer, pointer, integer]),
         ("attention", None, [integer] * 5 + [number] + [pointer] * 6 + [integer, integer, pointer]),
     ):

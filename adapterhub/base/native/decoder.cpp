@@ -8,7 +8,7 @@
 #include <algorithm>
 
 #include "attention.h"
-#include "linear.h"
+#include "integer.h"
 #include "lora.h"
 #include "team.h"
 
@@ -106,9 +106,10 @@ constexpr int kRunRows = 128;  // query rows of a run and a key head: they share
 struct Buffers {
   std::vector<float> residual, wide, projected;
   std::vector<bf16> narrow, packed, query, attended;
+  Coded coded;
   std::vector<std::vector<float>> scratch;  // one for each member of the team
 
-  void fit(const Model& m, size_t tokens) {
+  void fit(Isa isa, const Model& m, size_t tokens) {
     const size_t q = static_cast<size_t>(m.heads) * m.head_dim;
     const size_t qkv = q + 2 * static_cast<size_t>(m.kv_heads) * m.head_dim;
     const size_t widest = std::max<size_t>({static_cast<size_t>(m.hidden), static_cast<size_t>(m.intermediate), q});
@@ -119,6 +120,8 @@ struct Buffers {
     grow(query, tokens * q);
     grow(attended, tokens * q);
     grow(packed, (tokens + 15) / 16 * 16 * widest);
+    if (in_integers(isa, m.layers[0].qkv) || in_integers(isa, m.head))
+      coded.fit(isa, tokens, static_cast<int>(widest));
   }
 
  private:
@@ -218,7 +221,16 @@ class Walk {
   }
 
   void linear(const Matrix& w, const bf16* x, int tokens, float* y) {
+    const int panels = (w.rows + kPanel - 1) / kPanel;
 #if defined(__x86_64__)
+    if (in_integers(isa_, w)) {
+      Coded& coded = s_.decoder.buffers.coded;
+      each((tokens + kTileTokens - 1) / kTileTokens, [&](int i) { code(isa_, w, x, tokens, i, coded); });
+      each(panels, [&](int i) {
+        linear_integers(isa_, w, coded, tokens, y, i * kPanel, std::min((i + 1) * kPanel, w.rows), next_panel(w, i));
+      });
+      return;
+    }
     if (isa_ == kAmx && fits_amx(w)) {
       const int pieces = (w.cols + kPackColumns - 1) / kPackColumns;
       each((tokens + 15) / 16 * pieces, [&](int i) {
@@ -227,12 +239,13 @@ class Walk {
       });
     }
 #endif
-    each((w.rows + kPanel - 1) / kPanel, [&](int i) {
-      const int first = i * kPanel;
-      const int next = std::min(first + kPanel * s_.decoder.threads, w.rows - 1);
-      linear_rows(isa_, w, x, s_.packed, tokens, y, first, std::min(first + kPanel, w.rows), next);
+    each(panels, [&](int i) {
+      linear_rows(isa_, w, x, s_.packed, tokens, y, i * kPanel, std::min((i + 1) * kPanel, w.rows), next_panel(w, i));
     });
   }
+
+  // The row with which the member that does panel i is likely to go on.
+  int next_panel(const Matrix& w, int i) const { return std::min((i + s_.decoder.threads) * kPanel, w.rows - 1); }
 
   // Adds the adapters' deltas of `count` linears that read the same x and write side by side into y [tokens, width].
   // Where there are adapters enough for everybody, one member does all of an adapter's linears: they lie side by side.
@@ -341,7 +354,7 @@ Decoder* adapterhub_decoder(int threads, int isa) { return new Decoder(threads, 
 void adapterhub_decoder_free(Decoder* decoder) { delete decoder; }
 
 void adapterhub_step(Decoder* decoder, const Model* model, const Batch* batch) {
-  decoder->buffers.fit(*model, batch->tokens);
+  decoder->buffers.fit(decoder->isa, *model, batch->tokens);
   decoder->team.run(std::make_shared<Step>(*decoder, *model, *batch));
 }
 
@@ -350,6 +363,15 @@ void adapterhub_step(Decoder* decoder, const Model* model, const Batch* batch) {
 void adapterhub_linear(int isa, const Matrix* w, const bf16* x, int tokens, float* y) {
   std::vector<bf16> packed(static_cast<size_t>(tokens + 15) / 16 * 16 * w->cols);
 #if defined(__x86_64__)
+  if (in_integers(static_cast<Isa>(isa), *w)) {
+    Coded coded;
+    coded.fit(static_cast<Isa>(isa), tokens, w->cols);
+    for (int i = 0; i < (tokens + kTileTokens - 1) / kTileTokens; ++i)
+      code(static_cast<Isa>(isa), *w, x, tokens, i, coded);
+    linear_integers(static_cast<Isa>(isa), *w, coded, tokens, y, 0, w->rows, 0);
+    if (isa == kAmx) amx_end();
+    return;
+  }
   if (isa == kAmx && fits_amx(*w)) {
     amx_begin();
     for (int g = 0; g < (tokens + 15) / 16; ++g) pack_for_amx(x, tokens, w->cols, g, 0, w->cols, packed.data());
@@ -373,9 +395,7 @@ void adapterhub_lora(int isa, const bf16* pool, const Segment* segments, int num
 }
 
 // Rows of a quantized matrix as bf16: out [last - first, cols].
-void adapterhub_expand(int isa, const Matrix* w, int first, int last, bf16* out) {
-  expand(static_cast<Isa>(isa), *w, first, last, out);
-}
+void adapterhub_expand(const Matrix* w, int first, int last, bf16* out) { expand(*w, first, last, out); }
 
 // q [tokens, kv_heads * group, dim]; out [tokens, kv_heads * group, value_dim].
 void adapterhub_attention(int isa, int kv_heads, int group, int dim, int value_dim, float scale, const bf16* q,

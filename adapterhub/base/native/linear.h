@@ -2,7 +2,8 @@
 //
 // The weights stay as torch has them, row by row, so that training and the torch path use the very same memory. With
 // AMX, a tile of 16 weight rows by 32 columns is the left operand as it lies, and the few activations are rearranged.
-// Quantized weights are expanded to bf16 a few rows at a time, into memory that stays in the core's cache.
+// Quantized weights are multiplied in integers (integer.h) where the processor has instructions for it, and elsewhere
+// expanded to bf16 a few rows at a time, into memory that stays in the core's cache.
 #pragma once
 
 #include <vector>
@@ -66,35 +67,6 @@ EVERYWHERE inline void linear_portable(const Matrix& w, const bf16* x, int token
 }
 
 #if defined(__x86_64__)
-// The sixteen values that an int4 group can have are a table that one permutation looks 32 columns up in.
-AVX512 inline void expand_int4_avx512(const Matrix& w, int first, int last, bf16* out) {
-  const __m512 steps = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  const size_t groups = w.cols / kGroup;
-  const uint8_t* q = static_cast<const uint8_t*>(w.data) + first * groups * (kGroup / 2);
-  for (size_t at = first * groups; at < last * groups; ++at, q += kGroup / 2, out += kGroup) {
-    const __m512 scale = _mm512_set1_ps(widen(w.scales[at])), minimum = _mm512_set1_ps(widen(w.minima[at]));
-    const __m256bh table = _mm512_cvtneps_pbh(_mm512_fmadd_ps(steps, scale, minimum));
-    const __m256i bytes = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q)));
-    // 16 pairs: the low nibble stays in the low half of each 32 bits, the high one moves to the other half
-    const __m512i pairs = _mm512_cvtepu16_epi32(bytes);
-    const __m512i index = _mm512_and_si512(_mm512_or_si512(pairs, _mm512_slli_epi32(pairs, 12)),
-                                           _mm512_set1_epi32(0x000f000f));
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(index, _mm512_castsi256_si512((__m256i)table)));
-  }
-}
-
-AVX512 inline void expand_int8_avx512(const Matrix& w, int first, int last, bf16* out) {
-  const size_t groups = w.cols / kGroup;
-  const int8_t* q = static_cast<const int8_t*>(w.data) + first * groups * kGroup;
-  for (size_t at = first * groups; at < last * groups; ++at, q += kGroup, out += kGroup) {
-    const __m512 scale = _mm512_set1_ps(widen(w.scales[at])), minimum = _mm512_set1_ps(widen(w.minima[at]));
-    const __m512 low = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)q)));
-    const __m512 high = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)(q + 16))));
-    _mm512_storeu_si512(out, (__m512i)_mm512_cvtne2ps_pbh(_mm512_fmadd_ps(high, scale, minimum),
-                                                          _mm512_fmadd_ps(low, scale, minimum)));
-  }
-}
-
 // Four weight rows by up to four tokens at a time; 16 sums in registers.
 AVX512 inline void linear_avx512(const Matrix& w, const bf16* x, int tokens, float* y, int stride, int first,
                                  int last) {
@@ -234,11 +206,14 @@ AMX inline void linear_amx(const Matrix& w, const bf16* packed, int tokens, floa
 
 inline bool fits_amx(const Matrix& w) { return w.cols % 32 == 0 && w.rows % 16 == 0; }
 
-inline void expand(Isa isa, const Matrix& w, int first, int last, bf16* out) {
-#if defined(__x86_64__)
-  if (isa >= kAvx512) return (w.format == kInt8 ? expand_int8_avx512 : expand_int4_avx512)(w, first, last, out);
-#endif
+inline void expand(const Matrix& w, int first, int last, bf16* out) {
   (w.format == kInt8 ? expand_int8 : expand_int4)(w, first, last, out);
+}
+
+inline void add_bias(const Matrix& w, int tokens, float* y, int first, int last) {
+  if (w.bias)
+    for (int t = 0; t < tokens; ++t)
+      for (int n = first; n < last; ++n) y[static_cast<size_t>(t) * w.rows + n] += widen(w.bias[n]);
 }
 
 // y[:, 0 .. last - first) with rows [first, last) of plain weights; y has a row of `stride` numbers for each token.
@@ -264,12 +239,10 @@ inline void linear_rows(Isa isa, const Matrix& w, const bf16* x, const bf16* pac
     expanded.resize(static_cast<size_t>(kRows) * w.cols);
     for (int n = first; n < last; n += kRows) {
       const int rows = last - n < kRows ? last - n : kRows;
-      expand(isa, w, n, n + rows, expanded.data());
+      expand(w, n, n + rows, expanded.data());
       const Matrix part{expanded.data(), nullptr, nullptr, nullptr, rows, w.cols, kBf16};
       linear_plain(isa, part, x, packed, tokens, y + n, w.rows, 0, rows, 0);
     }
   }
-  if (w.bias)
-    for (int t = 0; t < tokens; ++t)
-      for (int n = first; n < last; ++n) y[static_cast<size_t>(t) * w.rows + n] += widen(w.bias[n]);
+  add_bias(w, tokens, y, first, last);
 }

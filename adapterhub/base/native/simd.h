@@ -11,8 +11,9 @@
 #include <unistd.h>
 // compiled for several instruction sets, the best chosen when the library is loaded
 #define EVERYWHERE __attribute__((target_clones("avx512f", "avx2", "default")))
-#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
-#define AMX __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,amx-tile,amx-bf16")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")))
+#define AMX \
+  __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni,amx-tile,amx-bf16,amx-int8")))
 #else
 #define EVERYWHERE
 #endif
@@ -64,10 +65,12 @@ inline float fast_exp(float x) {
 // What this processor can do. AMX also has to be asked of the system.
 inline Isa best_isa() {
   __builtin_cpu_init();
-  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw")) return kPortable;
+  if (!__builtin_cpu_supports("avx512bf16") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vnni"))
+    return kPortable;
   unsigned a = 7, b, c = 0, d;
   __asm__("cpuid" : "+a"(a), "=b"(b), "+c"(c), "=d"(d));
-  const bool amx = (d >> 22 & 1) && (d >> 24 & 1);
+  const bool amx = (d >> 22 & 1) && (d >> 24 & 1) && (d >> 25 & 1);
   constexpr int kRequestPermission = 0x1023, kTileData = 18;
   return amx && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0 ? kAmx : kAvx512;
 }
