@@ -210,7 +210,7 @@ class EngineSoak:
         print(f"{number:>8} requests, {self.resident[-1] / MIB:.1f} MiB resident", flush=True)
         examples = [Example(prompt_of(20, seed), [True] * 20) for seed in range(6)]
         plan = Plan(2, 3, 1.0, 4, (), number, None)
-        served.engine.start_idle_work(Trainer(self.town.base, examples, plan, 40, self._note))
+        served.engine.set_idle_work(Trainer(self.town.base, examples, plan, 40, self._note))
 
     def _note(self, news: News) -> None:
         if isinstance(news, Exception):

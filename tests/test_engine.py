@@ -695,33 +695,34 @@ def test_a_request_over_its_deadline_ends_even_when_nothing_happens(town: Town, 
 
 
 class Counting:
-    """Idle work of so many pieces; the last may fail."""
+    """Idle work of so many pieces; the first may fail."""
 
     def __init__(self, pieces: int, *, fails: bool = False) -> None:
         self.left, self.fails = pieces, fails
         self.threads: set[str] = set()
-        self.error: Exception | None = None
         self.over = threading.Event()
 
-    def step(self) -> bool:
+    def step(self, tokens: int) -> int:
         self.threads.add(threading.current_thread().name)
+        if self.fails:
+            self.fails = False
+            raise ValueError("it broke")
+        if self.left == 0:
+            self.over.set()
+            return 0
         time.sleep(1e-3)  # a piece of training, too, leaves the interpreter to the other threads
         self.left -= 1
-        if self.left == 0:
-            if self.fails:
-                raise ValueError("it broke")
-            self.over.set()
-        return self.left > 0
+        return tokens
 
-    def fail(self, error: Exception) -> None:
-        self.error = error
-        self.over.set()
+    def refill(self, pieces: int) -> None:
+        self.over.clear()
+        self.left = pieces
 
 
 def test_idle_work_runs_when_nobody_asks_and_ends(town: Town) -> None:
     with serving(town.base, town.directory) as client:
         work = Counting(50)
-        client.engine.start_idle_work(work)
+        client.engine.set_idle_work(work)
         assert work.over.wait(20)
         assert work.threads == {"adapterhub-engine"}
         assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
@@ -731,7 +732,7 @@ def test_idle_work_runs_when_nobody_asks_and_ends(town: Town) -> None:
 def test_idle_work_and_serving_go_on_together(town: Town) -> None:
     with serving(town.base, town.directory, serve_share=0.5) as client:
         work = Counting(10**9)
-        client.engine.start_idle_work(work)
+        client.engine.set_idle_work(work)
         names = [client.submit(str(user), prompt_of(30, user), ref) for user, ref in enumerate(town.refs)]
         before = work.left
         for user, name in enumerate(names):
@@ -744,17 +745,27 @@ def test_idle_work_and_serving_go_on_together(town: Town) -> None:
         client.check_integrity()
 
 
-def test_idle_work_that_fails_is_told_and_the_engine_goes_on(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+def test_idle_work_that_has_nothing_to_do_is_asked_again_when_it_is_woken(town: Town) -> None:
     with serving(town.base, town.directory) as client:
-        broken, fine = Counting(3, fails=True), Counting(3)
-        client.engine.start_idle_work(broken)
-        client.engine.start_idle_work(fine)
-        assert broken.over.wait(20)
-        assert fine.over.wait(20)
-        assert isinstance(broken.error, ValueError)
-        assert fine.error is None
+        work = Counting(0)
+        client.engine.set_idle_work(work)
+        for _ in range(3):
+            assert work.over.wait(20)
+            work.refill(5)
+            client.engine.wake()
+        assert work.over.wait(20)
+        assert work.left == 0
+
+
+def test_idle_work_that_raises_is_logged_and_tried_again(town: Town, caplog: pytest.LogCaptureFixture) -> None:
+    with serving(town.base, town.directory) as client:
+        work = Counting(3, fails=True)
+        client.engine.set_idle_work(work)
         assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
-    assert "a training step failed" in caplog.text
+        assert work.over.wait(20)
+        assert work.left == 0
+        assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)
+    assert "idle work failed" in caplog.text
 
 
 # -- all at once
@@ -777,7 +788,7 @@ def test_answers_are_those_of_each_alone_whatever_else_happens(town: Town) -> No
     }
     with serving(town.base, town.directory, **budgets) as client:
         cancelled = set()
-        client.engine.start_idle_work(Counting(200))
+        client.engine.set_idle_work(Counting(200))
         for name, prompt, ref, count in asked:
             client.submit(name, prompt, ref, max_tokens=count)
             if choose.random() < 0.2:

@@ -66,7 +66,7 @@ def run(base: Base, plan: Plan, examples: list[Example], micro_tokens: int = 10*
     news: list[News] = []
     trainer = Trainer(base, examples, plan, micro_tokens, news.append)
     try:
-        while trainer.step():
+        while trainer.step(10**6):
             pass
     except Exception as error:
         trainer.fail(error)
@@ -214,7 +214,7 @@ def test_a_piece_is_a_micro_batch(lesson: Lesson) -> None:
     news: list[News] = []
     trainer = Trainer(lesson.base, make_examples(), make_plan(max_steps=2), 1, news.append)
     pieces = 0
-    while trainer.step():
+    while trainer.step(10**6):
         pieces += 1
     assert pieces == 8, "two batches of four examples"
 
@@ -294,10 +294,10 @@ def test_a_cancelled_run_does_and_tells_nothing_more(lesson: Lesson) -> None:
     news: list[News] = []
     trainer = Trainer(lesson.base, make_examples(), make_plan(), 10**6, news.append)
     while not news:
-        assert trainer.step()
+        assert trainer.step(10**6)
     trainer.cancel()
-    assert not trainer.step()
-    assert not trainer.step()
+    assert not trainer.step(10**6)
+    assert not trainer.step(10**6)
     assert len(news) == 1
 
 
@@ -310,7 +310,7 @@ def test_a_job_trains_the_same_while_the_base_serves_and_its_adapter_is_live_at_
     news: list[News] = []
     prompt, plain = prompt_of(30), greedy(tiny_model("llama"), prompt_of(30), 30)
     with serving(lesson.base, tmp_path, serve_share=0.3) as client:
-        client.engine.start_idle_work(Trainer(lesson.base, make_examples(), make_plan(), 30, news.append))
+        client.engine.set_idle_work(Trainer(lesson.base, make_examples(), make_plan(), 30, news.append))
         turns = 0
         while not (news and isinstance(news[-1], Trained)):
             assert client.ask(prompt, max_tokens=30) == plain
@@ -325,7 +325,7 @@ def test_a_job_that_diverges_does_not_disturb_the_others(lesson: Lesson, tmp_pat
     news: list[News] = []
     with serving(lesson.base, tmp_path) as client:
         plan = make_plan(learning_rate_multiplier=1e35)
-        client.engine.start_idle_work(Trainer(lesson.base, make_examples(), plan, 30, news.append))
+        client.engine.set_idle_work(Trainer(lesson.base, make_examples(), plan, 30, news.append))
         for _ in range(100):
             client.ask(prompt_of(5))
             if news and isinstance(news[-1], HubError):

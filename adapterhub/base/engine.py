@@ -15,10 +15,11 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import islice
 from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from adapterhub.base.idle import IdleWork
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base
 from adapterhub.base.request import Finish, Origin, Output, Request, Token
@@ -44,19 +45,8 @@ log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
 _AHEAD = 3  # times the largest batch: how far into the queue adapters are read ahead
 _HINTS = 256  # the oldest are forgotten
+_PAUSE_SECONDS = 1.0  # of idle work that failed
 Result = TypeVar("Result")
-
-
-class IdleWork(Protocol):
-    """What the engine does between steps and when nobody asks: a training job, in pieces of bounded length."""
-
-    def step(self) -> bool:
-        """Does one piece. False when there is no more to do."""
-        ...
-
-    def fail(self, error: Exception) -> None:
-        """`step` raised: the work is over."""
-        ...
 
 
 class Engine:
@@ -78,6 +68,7 @@ class Engine:
         self._on_output = on_output
         self._on_use = on_use
         self._serve_share = config.serve_share
+        self._train_tokens = config.train_micro_tokens
         self.budgets = _budgets(base, config)
         self.kv = KVCache(base.kv_shapes, self.budgets.kv, base.dtype, base.device)
         self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
@@ -97,7 +88,9 @@ class Engine:
         self._serve_threads = 1 if self._runner.native else self._train_threads
         self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
         self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle_work: deque[IdleWork] = deque()
+        self._idle_work: IdleWork | None = None
+        self._work_left = False  # it has something to do, as far as is known
+        self._work_paused = 0.0  # until then, after it failed
         self._hints: deque[AdapterRef] = deque(maxlen=_HINTS)  # what somebody may ask for soon
         self._served = self._trained = 0.0  # seconds, since both sides last wanted the device
         self._steps = self._tokens = 0
@@ -155,9 +148,21 @@ class Engine:
         """Forgets a request; nothing more comes of it."""
         self._inbox.put(lambda: self._end(self._scheduler.find(lambda s: s.request.id == request)))
 
-    def start_idle_work(self, work: IdleWork) -> None:
-        """The engine's spare time is `work`'s, after what was started before it is done."""
-        self._inbox.put(lambda: self._idle_work.append(work))
+    def set_idle_work(self, work: IdleWork) -> None:
+        """The engine's spare time is `work`'s from now on."""
+
+        def take() -> None:
+            self._idle_work, self._work_left = work, True
+
+        self._inbox.put(take)
+
+    def wake(self) -> None:
+        """The idle work has something to do again."""
+
+        def note() -> None:
+            self._work_left = self._idle_work is not None
+
+        self._inbox.put(note)
 
     def evict(self, digest: str, tier: Tier | None = None) -> Future[bool]:
         """Takes a block off the device, out of RAM, or both; False when it must wait for the requests that use it."""
@@ -246,9 +251,9 @@ class Engine:
             return True
 
     def _sleep(self) -> None:
-        """Until something is in the inbox, or it is time to look at deadlines."""
+        """Until something is in the inbox, or it is time to look at deadlines, or to try idle work again."""
         with contextlib.suppress(Empty):
-            sweeps = self._live or self.tiers.has_ttl
+            sweeps = self._live or self.tiers.has_ttl or self._work_left
             self._inbox.get(timeout=self._sweep_seconds if sweeps else None)()
 
     def _drain(self) -> None:
@@ -360,25 +365,25 @@ class Engine:
 
     def _training_is_due(self) -> bool:
         """While requests and a job both want the device, the job gets its share of the time."""
-        if not self._idle_work or not self._scheduler.running:
+        if not self._wants_to_train() or not self._scheduler.running:
             self._served = self._trained = 0.0
             return False
         return self._trained * self._serve_share < self._served * (1 - self._serve_share)
 
+    def _wants_to_train(self) -> bool:
+        return self._work_left and time.monotonic() >= self._work_paused
+
     def _train(self) -> bool:
         """One piece of the idle work; False if there is none."""
-        if not self._idle_work:
+        if self._idle_work is None or not self._wants_to_train():
             return False
-        work, started = self._idle_work[0], time.perf_counter()
+        started = time.perf_counter()
         self._use_threads(self._train_threads)
         try:
-            more = work.step()
-        except Exception as error:
-            log.exception("a training step failed")
-            more = False
-            work.fail(error)
-        if not more:
-            self._idle_work.popleft()
+            self._work_left = self._idle_work.step(self._train_tokens) > 0
+        except Exception:
+            log.exception("idle work failed; trying again in %g s", _PAUSE_SECONDS)
+            self._work_paused = time.monotonic() + _PAUSE_SECONDS
         self._trained += time.perf_counter() - started
         return True
 
@@ -432,7 +437,7 @@ class Engine:
                 "shared_tokens": self._scheduler.shared_tokens,
                 "steps": self._steps,
                 "tokens": self._tokens,
-                "training": len(self._idle_work),
+                "training": int(self._work_left),
             },
         }
 

@@ -92,7 +92,7 @@ class Trainer:
         self, base: Base, examples: list[Example], plan: Plan, micro_tokens: int, tell: Callable[[News], None]
     ) -> None:
         self._base, self._examples, self._plan = base, examples, plan
-        self._micro_tokens = micro_tokens
+        self._micro_tokens = self._piece_tokens = micro_tokens
         self._tell = tell
         self._cancelled = False
         self._steps = plan.steps(len(examples))
@@ -102,16 +102,18 @@ class Trainer:
         """From any thread: the next piece is the last, and nothing more is told."""
         self._cancelled = True
 
-    def step(self) -> bool:
-        """One micro-step: forward and backward of as many examples as fit into the micro-step's tokens."""
+    def step(self, tokens: int) -> int:
+        """One micro-step: forward and backward of as many examples as fit into `tokens` and its own limit."""
         if self._cancelled:
-            return False
-        return next(self._pieces, None) is not None
+            return 0
+        self._piece_tokens = min(tokens, self._micro_tokens)
+        try:
+            return next(self._pieces, 0)
+        except Exception as error:
+            self._tell(error if isinstance(error, HubError) else ServerFault(f"Training failed: {error}"))
+            return 0
 
-    def fail(self, error: Exception) -> None:
-        self._tell(error if isinstance(error, HubError) else ServerFault(f"Training failed: {error}"))
-
-    def _run(self) -> Iterator[bool]:
+    def _run(self) -> Iterator[int]:
         base, plan = self._base, self._plan
         layout = target_layout(plan, base.layout)
         parameters = Parameters(layout, plan.rank, plan.scale, plan.seed, base.device)
@@ -123,12 +125,12 @@ class Trainer:
         for step, batch in enumerate(self._batches(), start=1):
             learned = sum(sum(e.learned[1:]) for e in batch)
             loss, right = 0.0, 0
-            for micro in _pack(batch, self._micro_tokens):
+            for micro in _pack(batch, lambda: self._piece_tokens):
                 started = time.perf_counter()
                 micro_loss, micro_right = self._backward(parameters, micro, learned)
                 loss, right = loss + micro_loss, right + micro_right
                 busy += time.perf_counter() - started
-                yield True
+                yield sum(len(e.tokens) for e in micro)
             norm = torch.nn.utils.clip_grad_norm_([flat], _MAX_NORM)
             if not math.isfinite(loss) or not norm.isfinite():
                 raise ServerFault(
@@ -218,12 +220,12 @@ class Trainer:
         return block
 
 
-def _pack(batch: list[Example], micro_tokens: int) -> Iterator[list[Example]]:
+def _pack(batch: list[Example], micro_tokens: Callable[[], int]) -> Iterator[list[Example]]:
     """The batch in order, in micro-batches of up to that many tokens; a longer example is one by itself."""
     pack: list[Example] = []
     size = 0
     for example in batch:
-        if pack and size + len(example.tokens) > micro_tokens:
+        if pack and size + len(example.tokens) > micro_tokens():
             yield pack
             pack, size = [], 0
         pack.append(example)

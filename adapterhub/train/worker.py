@@ -46,6 +46,7 @@ class Worker:
             threading.Thread(target=self._loop, args=(status, act), name=f"adapterhub-{status}", daemon=True)
             for status, act in ((Status.VALIDATING, self._validate), (Status.QUEUED, self._train))
         ]
+        engine.set_idle_work(self)
 
     def start(self) -> None:
         for job in self._jobs.list(None):
@@ -70,6 +71,11 @@ class Worker:
                 if self._stopping or self._ended(job):
                     trainer.cancel()
                     news.put(None)
+
+    def step(self, tokens: int) -> int:
+        """A piece of the job that trains now, on the engine's thread."""
+        running = self._trainer
+        return 0 if running is None else running[1].step(tokens)
 
     def _loop(self, status: Status, act: Callable[[Job], None]) -> None:
         while True:
@@ -144,7 +150,7 @@ class Worker:
             self._trainer = (job.id, trainer, news)
         self.wake()  # in case the job was cancelled, or the server stopped, just before
         try:
-            self._engine.start_idle_work(trainer)
+            self._engine.wake()
             while True:
                 heard = news.get()
                 if isinstance(heard, HubError):

@@ -203,7 +203,7 @@ def check_training(make: MakeZoo, name: str) -> Check:
     with make() as zoo:
         verdict = Verdict(TIE[zoo.base.dtype])
         with serving(zoo.base, zoo.directory) as client:
-            client.engine.start_idle_work(Trainer(zoo.base, examples, plan, 24, news.append))
+            client.engine.set_idle_work(Trainer(zoo.base, examples, plan, 24, news.append))
             for asked in count():
                 if news and not isinstance(news[-1], Progress):
                     break

@@ -301,7 +301,7 @@ def _train(stage: Stage, examples: list[Example], micro: int) -> list[float]:
     job = Trainer(stage.base, examples, plan, micro, lambda news: heard.put((time.perf_counter(), news)))
     times = []
     with stage.serving(adapters=1) as served:
-        served.engine.start_idle_work(job)
+        served.engine.set_idle_work(job)
         while True:
             at, news = heard.get(timeout=120)
             if isinstance(news, Exception):
