@@ -66,6 +66,9 @@ class Config:
     max_step_tokens: int = 256  # tokens of one forward: decode rows first, prompt chunks with what is left
     train_micro_tokens: int = 256  # tokens of one training micro-step; bounds how long a new request waits for it
     serve_share: float = 0.7  # of the device's time while both requests and a training job want it
+    train_jobs: int = 8  # that train at once
+    owner_jobs: int = 4  # of them, those of one owner
+    owner_queue: int = 32  # of one owner that have not ended, paused ones included
     load_threads: int = 2  # block files read at once
     max_waiting: int = 1024  # requests beyond those that run; one more is told to come back later
     request_seconds: float = 600.0  # from a request's arrival to its last token
@@ -81,6 +84,10 @@ class Config:
     @property
     def uploads_dir(self) -> Path:
         return self.data_dir / "uploads"
+
+    @property
+    def jobs_dir(self) -> Path:
+        return self.data_dir / "jobs"
 
     @property
     def trace_dir(self) -> Path:

@@ -12,6 +12,7 @@
     ├── NotFound 404
     ├── TooLarge 413
     ├── TooManyRequests 429
+    ├── QuotaExceeded 429         too much under way of one owner's; trying again at once does not help
     ├── ServerFault 500
     │   └── BlockDamaged          a block file is missing, truncated or does not match its digest
     ├── Unavailable 503
@@ -101,6 +102,12 @@ class TooManyRequests(HubError):
     type = "rate_limit_error"
     code = "queue_full"
     retry_after = 1
+
+
+class QuotaExceeded(HubError):
+    status = 429
+    type = "rate_limit_error"
+    code = "exceeded_quota"
 
 
 class ServerFault(HubError):

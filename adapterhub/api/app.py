@@ -20,7 +20,16 @@ from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config, format_bytes
-from adapterhub.errors import BadRequest, HubError, NotFound, ServerFault, StorageFull, TooLarge, TooManyRequests
+from adapterhub.errors import (
+    BadRequest,
+    HubError,
+    NotFound,
+    QuotaExceeded,
+    ServerFault,
+    StorageFull,
+    TooLarge,
+    TooManyRequests,
+)
 
 log = logging.getLogger(__name__)
 MAX_BODY = 8 * MIB  # of anything that is not an upload
@@ -61,7 +70,11 @@ def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> Respon
 
 async def _on_hub_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
-    headers = {"retry-after": str(error.retry_after)} if isinstance(error, TooManyRequests) else None
+    headers = {}
+    if isinstance(error, TooManyRequests):
+        headers["retry-after"] = str(error.retry_after)
+    if isinstance(error, QuotaExceeded):
+        headers["x-should-retry"] = "false"  # an SDK would try again, in vain, as it does on any 429
     return _answer(error, headers)
 
 

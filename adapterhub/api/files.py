@@ -1,4 +1,4 @@
-"""`/v1/files`: uploads."""
+"""`/v1/files`: uploads, and the files that jobs result in."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from fastapi.responses import FileResponse
 
 from adapterhub.api.auth import Caller
 from adapterhub.api.hub import TheHub
-from adapterhub.api.pages import After, page
+from adapterhub.api.pages import After, listed
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import BadRequest, TooLarge
 from adapterhub.train.files import StoredFile
@@ -40,7 +40,7 @@ async def refuse_expiry(request: Request) -> None:
 @router.post("", dependencies=[Depends(refuse_expiry)])
 def create(hub: TheHub, caller: Caller, file: UploadFile, purpose: Annotated[str, Form()]) -> dict[str, Any]:
     chunks = _chunks(file.file, hub.config.max_file_bytes)
-    return file_object(hub.files.add(caller.owner, file.filename or "file", purpose, chunks))
+    return file_object(hub.files.upload(caller.owner, file.filename or "file", purpose, chunks))
 
 
 @router.get("")
@@ -52,8 +52,8 @@ def list_files(
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
 ) -> dict[str, Any]:
-    files = [file_object(f) for f in hub.files.list(caller.owner) if purpose in (None, f.purpose)]
-    return page(files if order == "desc" else files[::-1], after, limit)
+    files, more = hub.files.page(caller.owner, after, limit, purpose=purpose, ascending=order == "asc")
+    return listed([file_object(f) for f in files], more)
 
 
 @router.get("/{file_id}")

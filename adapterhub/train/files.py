@@ -1,4 +1,4 @@
-"""Uploaded files: a row in the database, the bytes under `uploads/` by the file's id. Every look-up is by owner."""
+"""Files of users: a row in the database, the bytes under `uploads/` by the file's id. Every look-up is by owner."""
 
 from __future__ import annotations
 
@@ -11,10 +11,12 @@ import sqlite_utils
 from sqlite_utils import Migrations
 
 from adapterhub.errors import BadRequest, NotFound
-from adapterhub.swap.database import Database, Row, new_id, now
+from adapterhub.swap.catalog import unknown_cursor
+from adapterhub.swap.database import Database, new_id, now
 from adapterhub.swap.files import remove_partials, stream_durably, sync_directory
 
-PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")
+PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")  # of uploads
+RESULTS = "fine-tune-results"
 migrations = Migrations("adapterhub.files")
 
 
@@ -47,35 +49,62 @@ class FileStore:
         self._database = database
         self._directory = directory
 
-    def add(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
+    def upload(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
         """Stores an upload; when it returns, the file survives a crash. Raises BadRequest or StorageFull."""
         if purpose not in PURPOSES:
-            raise BadRequest(f"purpose is {purpose!r}; use one of {', '.join(PURPOSES)}.", param="purpose")
-        identity = new_id("file")
-        size = stream_durably(self.path(identity), chunks)
-        if size == 0:
-            self._remove(identity)
-            raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
-        stored = StoredFile(identity, owner, _plain(filename), purpose, size, now())
+            raise BadRequest(f"purpose is {purpose[:80]!r}; use one of {', '.join(PURPOSES)}.", param="purpose")
+        stored = self.write(owner, _plain(filename), purpose, chunks)
         try:
-            self._database.insert("files", vars(stored))
+            if stored.bytes == 0:
+                raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
+            self.add(stored)
         except BaseException:
-            self._remove(identity)
+            self.discard(stored)
             raise
         return stored
 
+    def write(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
+        """Writes a file's bytes, synced, for a row that `add` makes later: until then nobody sees the file, and a start
+        removes it. Raises StorageFull."""
+        identity = new_id("file")
+        size = stream_durably(self.path(identity), chunks)
+        return StoredFile(identity, owner, filename, purpose, size, now())
+
+    def add(self, written: StoredFile) -> None:
+        """Its owner has the file from now on. Raises StorageFull."""
+        self._database.insert("files", vars(written))
+
+    def discard(self, written: StoredFile) -> None:
+        """Removes the bytes of a file that has no row."""
+        self._remove(written.id)
+
     def get(self, owner: str, identity: str) -> StoredFile:
+        """Raises NotFound, also for another owner's file."""
         row = self._database.row("select * from files where id = ? and owner = ?", (identity, owner))
         if row is None:
             raise NotFound(f"You have no file {identity[:80]!r}. `GET /v1/files` lists yours.", param="id")
         return StoredFile(**row)
 
-    def list(self, owner: str) -> Iterable[StoredFile]:
-        """The owner's files, the newest first."""
-        rows: Iterable[Row] = self._database.rows(
-            "select * from files where owner = ? order by created_at desc, rowid desc", (owner,)
+    def page(
+        self, owner: str, after: str | None, limit: int, *, purpose: str | None = None, ascending: bool = False
+    ) -> tuple[list[StoredFile], bool]:
+        """The `limit` files of `owner`'s that follow the one with the id `after`, the newest first unless `ascending`,
+        and whether there are more. Raises BadRequest for an unknown cursor."""
+        condition, args = "owner = ? and (? is null or purpose = ?)", [owner, purpose, purpose]
+        if after is not None:
+            place = self._database.row(
+                "select created_at, rowid as place from files where id = ? and owner = ?", (after, owner)
+            )
+            if place is None:
+                raise unknown_cursor(after)
+            condition += f" and (created_at, rowid) {'>' if ascending else '<'} (?, ?)"
+            args += place.values()
+        order = "asc" if ascending else "desc"
+        rows = self._database.rows(
+            f"select * from files where {condition} order by created_at {order}, rowid {order} limit ?",
+            [*args, limit + 1],
         )
-        return [StoredFile(**row) for row in rows]
+        return [StoredFile(**row) for row in rows[:limit]], len(rows) > limit
 
     def delete(self, owner: str, identity: str) -> None:
         self.get(owner, identity)
