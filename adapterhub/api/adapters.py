@@ -16,7 +16,7 @@ from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
 from adapterhub.swap.names import check_name
 from adapterhub.swap.pins import PinnedBy
-from adapterhub.swap.registry import Version
+from adapterhub.swap.versions import Version, current_of
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
@@ -66,7 +66,7 @@ def delete(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
 @router.post("/{adapter_id}/pin")
 def pin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
     """Keeps the current version in memory, once it is there, within the owner's share of it."""
-    hub.registry.adapter(caller.owner, adapter_id)
+    current_of(hub.registry.adapter(caller.owner, adapter_id))
     hub.pin(adapter_id, PinnedBy.OWNER)
     return retrieve(hub, caller, adapter_id)
 
@@ -80,16 +80,20 @@ def unpin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
 
 @router.post("/{adapter_id}/prefetch", status_code=202)
 def prefetch(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
-    """A hint that the current version will be asked for soon. Answers at once, with where it is now."""
+    """A hint that the adapter will be asked for soon: its current version, or all that its name is split between.
+    Answers at once, with where it is now."""
     versions = hub.registry.adapter(caller.owner, adapter_id)
-    hub.engine.prefetch(next(v for v in versions if v.current).ref)
+    current_of(versions)
+    for version in versions:
+        if version.percent:
+            hub.engine.prefetch(version.ref)
     [shown] = adapter_objects(hub, [versions])
     return shown
 
 
 def zip_of_current(hub: Hub, versions: list[Version]) -> Response:
     """An adapter's current version as a zip of a PEFT directory."""
-    version = next(v for v in versions if v.current)
+    version = current_of(versions)
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_STORED) as archive:
         for filename, content in peft.export_files(hub.registry.block(version)).items():

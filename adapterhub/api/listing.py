@@ -12,8 +12,8 @@ from adapterhub.api.pages import listed
 from adapterhub.errors import BadRequest
 from adapterhub.swap.catalog import Filter, Found, Order, unknown_cursor
 from adapterhub.swap.ref import Tier
-from adapterhub.swap.registry import Version
 from adapterhub.swap.uses import NEVER, Used
+from adapterhub.swap.versions import Version
 
 _BY_USE = ("last_use", "hits")
 
@@ -64,8 +64,9 @@ def _joined(hub: Hub, which: Filter, asked: Listing, limit: int | None) -> Found
     """A page by what is no column: of all that the columns let through, the engine is asked once."""
     matches = hub.catalog.matching(which, asked.order, descending=asked.descending and asked.by_use is None)
     if asked.tier is not None:
-        tiers = hub.engine.tiers_of([m.digest for m in matches]).result()
-        matches = [m for m, tier in zip(matches, tiers, strict=True) if tier == asked.tier]
+        digests = [match.digest for match in matches if match.digest is not None]
+        tiers = dict(zip(digests, hub.engine.tiers_of(digests).result(), strict=True))
+        matches = [match for match in matches if match.digest in tiers and tiers[match.digest] is asked.tier]
     ids = [m.adapter for m in matches]
     if asked.by_use is not None:
         used = hub.catalog.by_adapter(hub.uses.all())

@@ -10,7 +10,7 @@ from fastapi import APIRouter
 from adapterhub.api.auth import Caller, Principal
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.errors import BadRequest, NotFound, WrongBase
-from adapterhub.swap.registry import Version
+from adapterhub.swap.versions import Version
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import Database
-from adapterhub.swap.registry import Registry, Version
+from adapterhub.swap.registry import Registry
 from adapterhub.swap.uses import NEVER, Used
+from adapterhub.swap.versions import Version
 
 
 class Order(StrEnum):
@@ -28,10 +29,10 @@ class Order(StrEnum):
 
 _KEYS = {
     Order.NAME: ("a.owner", "a.name"),
-    Order.BYTES: ("v.nbytes", "a.owner", "a.name"),
+    Order.BYTES: ("coalesce(v.nbytes, 0)", "a.owner", "a.name"),
     Order.CREATED: ("a.created_at", "a.owner", "a.name"),
 }
-_FROM = "from adapters a join versions v on v.id = a.current"
+_FROM = "from adapters a left join versions v on v.id = a.current"
 
 
 @dataclass(frozen=True)
@@ -59,10 +60,10 @@ class Filter:
 
 
 class Match(NamedTuple):
-    """An adapter, and the digest of its current version."""
+    """An adapter, and the digest of its current version; None while it has none."""
 
     adapter: str
-    digest: str
+    digest: str | None
 
 
 class Found(NamedTuple):

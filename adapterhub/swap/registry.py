@@ -9,102 +9,36 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import sqlite_utils
-from sqlite_utils import Migrations
-
-from adapterhub.errors import NotFound
+from adapterhub.errors import BadRequest
 from adapterhub.swap.blobs import Named
 from adapterhub.swap.block import Block
 from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.disk import DiskTier
+from adapterhub.swap.history import History, shares_of
 from adapterhub.swap.names import check_name
 from adapterhub.swap.objects import Objects, State
 from adapterhub.swap.pins import Pins
-from adapterhub.swap.ref import AdapterRef
+from adapterhub.swap.tables import migrations
+from adapterhub.swap.versions import Kind, Version, Versions, current_of
 
 log = logging.getLogger(__name__)
-migrations = Migrations("adapterhub.swap")
-
-_SELECT = """
-    select v.id, v.number, v.digest, v.nbytes, v.rank, v.fingerprint, v.base, v.origin, v.created_at,
-           a.id as adapter, a.owner, a.name, a.current = v.id as current, a.pinned
-    from versions v join adapters a on a.id = v.adapter
-"""
+_CHECKPOINT = "a.owner = ? and a.name = ? and v.origin = ? and v.step = ?"
 
 
-@migrations()
-def create_adapters(db: sqlite_utils.Database) -> None:
-    db.execute("""
-        create table adapters (
-            id text primary key, owner text not null, name text not null, current text, created_at integer not null,
-            unique (owner, name))
-    """)
-    db.execute("""
-        create table versions (
-            id text primary key, adapter text not null references adapters(id) on delete cascade,
-            number integer not null, digest text not null, nbytes integer not null, rank integer not null,
-            fingerprint text not null, base text not null, origin text not null, created_at integer not null,
-            unique (adapter, number))
-    """)
-    db.execute("create index versions_by_digest on versions (digest)")
-
-
-@migrations()
-def add_pins(db: sqlite_utils.Database) -> None:
-    db.execute("alter table adapters add column pinned text")
-
-
-@dataclass(frozen=True)
-class Version:
-    """One immutable version, with the adapter it belongs to. `origin` is a job's id, or "import"."""
-
-    id: str
-    number: int
-    digest: str
-    nbytes: int
-    rank: int
-    fingerprint: str
-    base: str
-    origin: str
-    created_at: int
-    adapter: str
-    owner: str
-    name: str
-    current: bool
-    pinned: str | None  # "owner" or "admin": who keeps the adapter in memory
-
-    @classmethod
-    def of(cls, row: Row) -> Version:
-        return cls(**{**row, "current": bool(row["current"])})
-
-    @property
-    def ref(self) -> AdapterRef:
-        return AdapterRef(self.id, self.digest, self.nbytes, self.owner, self.current and self.pinned is not None)
-
-    @property
-    def model(self) -> str:
-        """The name of this version in the API: `ft:{base}:{owner}:{suffix}:{id}`."""
-        return f"ft:{self.base}:{self.owner}:{self.name}:{self.id}"
-
-    @property
-    def alias(self) -> str:
-        """The name of whatever version is current: `{owner}/{suffix}`."""
-        return f"{self.owner}/{self.name}"
-
-
-class Registry:
-    """Safe to use from any thread."""
+class Registry(Versions):
+    """The versions that there are, and what changes them. Safe to use from any thread."""
 
     def __init__(
         self, database: Database, disk: DiskTier, keep_in_memory: Callable[[str, bool], None] = lambda *_: None
     ) -> None:
         """`keep_in_memory` is told the digest of a block that stays there from now on, as it is pinned, or may go."""
         database.migrate(migrations)
-        self._database = database
+        super().__init__(database)
         self._disk = disk
+        self.history = History(database)
         self.objects = Objects(database, disk.store.url if disk.store else None)
 
         def keep(digest: str, pinned: bool) -> None:
@@ -113,22 +47,53 @@ class Registry:
 
         self.pins = Pins(database, keep)
 
-    def publish(self, owner: str, name: str, block: Block, base: str, origin: str) -> Version:
-        """Stores `block` as the next version of `owner`'s adapter `name`, and points the name at it.
+    def publish(
+        self,
+        owner: str,
+        name: str,
+        block: Block,
+        base: str,
+        origin: str,
+        *,
+        kind: Kind = Kind.RELEASE,
+        step: int | None = None,
+        metrics: Mapping[str, Any] | None = None,
+    ) -> Version:
+        """Stores `block` as a new version of `owner`'s adapter `name`; the name then points at it if it is a release,
+        and stays as it was otherwise.
+
+        `step` is a checkpoint's, and of no other kind. A job publishes its checkpoint of a step once: the second time
+        it is the first one, so that a job that goes on after a kill does not leave two. `metrics` is plain JSON.
 
         Raises StorageFull when the disk, its budget or the store is full, and Unavailable when the store does not
-        answer; the name then stays as it was.
+        answer; nothing has changed then.
         """
+        assert (step is not None) == (kind is Kind.CHECKPOINT)
         check_name(name, "name")
+        if step is not None and (there := self._one(_CHECKPOINT, (owner, name, origin, step))):
+            return there
+        row = {
+            "id": new_id("v").removeprefix("v-")[:12],
+            "kind": kind,
+            "step": step,
+            "metrics": None if metrics is None else json.dumps(metrics),
+            "digest": block.digest,
+            "nbytes": block.meta.nbytes,
+            "rank": block.meta.rank,
+            "fingerprint": block.meta.fingerprint,
+            "base": base,
+            "origin": origin,
+            "created_at": now(),
+        }
         with self._disk.holding(block.digest):
             try:
-                return self._publish(owner, name, block, base, origin)
+                return self._publish(owner, name, block, row)
             except BaseException:
                 self._remove_unnamed(block.digest)
                 self.objects.to_do.set()
                 raise
 
-    def _publish(self, owner: str, name: str, block: Block, base: str, origin: str) -> Version:
+    def _publish(self, owner: str, name: str, block: Block, row: Row) -> Version:
         in_store = self._disk.store is not None
         if in_store:
             self.objects.set(block.digest, State.UPLOADING)
@@ -136,77 +101,56 @@ class Registry:
         if in_store:
             self._disk.upload(block.digest)
         with self._database.transaction() as db:
-            sql = """
-                select a.id, a.pinned, v.digest from adapters a left join versions v on v.id = a.current
-                where a.owner = ? and a.name = ?
-            """
-            row = self._database.row(sql, (owner, name))
-            adapter = row["id"] if row else new_id("adapter")
-            if row is None:
-                db.table("adapters").insert(
-                    {"id": adapter, "owner": owner, "name": name, "current": None, "created_at": now()}
-                )
-            last = self._database.row("select max(number) as n from versions where adapter = ?", (adapter,))
-            version = new_id("v").removeprefix("v-")[:12]
-            db.table("versions").insert(
-                {
-                    "id": version,
-                    "adapter": adapter,
-                    "number": ((last or {})["n"] or 0) + 1,
-                    "digest": block.digest,
-                    "nbytes": block.meta.nbytes,
-                    "rank": block.meta.rank,
-                    "fingerprint": block.meta.fingerprint,
-                    "base": base,
-                    "origin": origin,
-                    "created_at": now(),
-                }
-            )
-            db.table("adapters").update(adapter, {"current": version})
+            adapter = self._adapter(owner, name)
+            before = self._current(adapter)
+            number = None if row["kind"] is Kind.CHECKPOINT else self._next_number(adapter)
+            db.table("versions").insert({**row, "adapter": adapter, "number": number})
+            if row["kind"] is Kind.RELEASE:
+                self.history.point(adapter, row["id"])
             if in_store:
                 self.objects.set(block.digest, State.STORED)
+            published = self.version(owner, row["id"])
         self._disk.files.settle([Named(block.digest, owner, safe=in_store)])
-        if row and row["pinned"]:
-            self.pins.settle([block.digest, row["digest"]])
-        return self.version(owner, version)
+        self._move_pin(before, published)
+        return published
 
-    def resolve(self, owner: str, model: str) -> Version | None:
-        """The version that one of `owner`'s model names means; None if there is none of that name."""
-        if model.startswith("ft:"):
-            found = self._one("a.owner = ? and v.id = ?", (owner, model.rsplit(":", 1)[-1]))
-            return found if found and found.model == model else None
-        whose, _, name = model.partition("/")
-        return self._one("a.owner = ? and a.name = ? and v.id = a.current", (owner, name)) if whose == owner else None
+    def promote(self, owner: str | None, adapter: str, which: str) -> Version:
+        """Makes a version, as `find` takes it, the adapter's current one, and a release if it was none; anybody's with
+        `owner` None. Raises NotFound."""
+        with self._database.transaction() as db:
+            chosen = self.find(owner, adapter, which)
+            before = self._current(adapter)
+            number = self._next_number(adapter) if chosen.number is None else chosen.number
+            db.table("versions").update(chosen.id, {"kind": Kind.RELEASE, "number": number})
+            self.history.point(adapter, chosen.id)
+            promoted = self.version(chosen.owner, chosen.id)
+        self._move_pin(before, promoted)
+        return promoted
 
-    def version(self, owner: str, version: str) -> Version:
-        found = self._one("a.owner = ? and v.id = ?", (owner, version))
-        if found is None:
-            raise NotFound(f"There is no version {version!r}.")
-        return found
+    def rollback(self, owner: str | None, adapter: str) -> Version:
+        """Makes current what was so before; the next rollback goes further back. Raises NotFound, and BadRequest when
+        there is nothing to go back to."""
+        with self._database.transaction():
+            before = current_of(self.adapter(owner, adapter))
+            version = self.history.back(adapter)
+            if version is None:
+                raise BadRequest(
+                    f"Nothing was current before {before.label} of {before.alias}. `adapterhub adapters promote "
+                    f"{before.alias} VERSION` makes any version current.",
+                    param="id",
+                )
+            after = self.version(before.owner, version)
+        self._move_pin(before, after)
+        return after
 
-    def adapter(self, owner: str | None, adapter: str) -> list[Version]:
-        """All versions of an adapter, by its id, the newest first; any owner's with `owner` None. Raises NotFound."""
-        found = self._all("a.id = ? and (? is null or a.owner = ?)", (adapter, owner, owner))
-        if not found:
-            whose, route = ("There is", "/admin/adapters") if owner is None else ("You have", "/v1/adapters")
-            raise NotFound(f"{whose} no adapter {adapter[:80]!r}. `GET {route}` lists them.", param="id")
-        return found
-
-    def versions(self, owner: str | None = None) -> list[Version]:
-        """Every version of `owner`'s, or of all owners', by adapter, the newest first."""
-        return self._all("true", ()) if owner is None else self._all("a.owner = ?", (owner,))
-
-    def adapters(self, adapters: Sequence[str]) -> list[Version]:
-        """Every version of the adapters with those ids, by adapter, the newest first."""
-        return self._all("a.id in (select value from json_each(?))", (json.dumps(adapters),))
-
-    def of_blocks(self, digests: Iterable[str]) -> list[Version]:
-        """Every version, of whatever owner, that has one of those blocks."""
-        return self._all("v.digest in (select value from json_each(?))", (json.dumps(list(digests)),))
-
-    def of_origin(self, owner: str, origin: str) -> Version | None:
-        """What a job has published, if it has."""
-        return self._one("a.owner = ? and v.origin = ?", (owner, origin))
+    def split(self, owner: str | None, adapter: str, percent: Mapping[str, int]) -> list[Version]:
+        """Sends so much of the requests for the adapter's name to those versions, each as `find` takes it, and the rest
+        to the current one; with none given, all. Returns the adapter's versions. Raises NotFound and BadRequest."""
+        with self._database.transaction():
+            current = current_of(self.adapter(owner, adapter))
+            given = [(self.find(owner, adapter, which), share) for which, share in percent.items()]
+            self.history.split(adapter, shares_of(current, given))
+            return self.adapter(owner, adapter)
 
     def block(self, version: Version) -> Block:
         """The version's block, whole and checked. Raises BlockDamaged; Unavailable when the store does not answer."""
@@ -221,23 +165,30 @@ class Registry:
             gone = self.adapter(owner, adapter)
             db.table("adapters").delete(adapter)
             self.objects.give_up(v.digest for v in gone)
-        self._unpin(gone)
+        self._move_pin(*gone)
         self._remove_given_up(gone)
         return gone
 
     def delete_version(self, owner: str, version: str) -> Version:
-        """Removes one version. The name then points at the newest one left, and goes with its last. Raises NotFound."""
-        with self._database.transaction() as db:
+        """Removes one version; an adapter goes with its last. The name of a current one then points at what it pointed
+        at before, else at the newest release left, if any. Raises NotFound."""
+        with self._database.transaction():
             gone = self.version(owner, version)
-            db.table("versions").delete(version)
-            left = self._all("a.id = ?", (gone.adapter,))
-            if not left:
-                db.table("adapters").delete(gone.adapter)
-            elif gone.current:
-                db.table("adapters").update(gone.adapter, {"current": left[0].id})
-            self.objects.give_up([gone.digest])
-        self._unpin([gone, *left])
+            self._drop(gone)
+            after = self._current(gone.adapter)
+        self._move_pin(gone, after)
         self._remove_given_up([gone])
+        return gone
+
+    def prune_checkpoints(self, owner: str, job: str, keep: int) -> list[Version]:
+        """Removes a job's checkpoints but for the last `keep`, those that have been promoted, and those that a split
+        sends requests to; returns what they were."""
+        with self._database.transaction():
+            left = [v for v in self.checkpoints(owner, job) if v.kind is Kind.CHECKPOINT]
+            gone = [v for v in left[keep:] if v.percent == 0]
+            for version in gone:
+                self._drop(version)
+        self._remove_given_up(gone)
         return gone
 
     def disk_used(self) -> int:
@@ -272,10 +223,42 @@ class Registry:
         elif missing:
             log.error("%d blocks are not on this disk; `adapterhub doctor` says whose they are", len(missing))
 
-    def _unpin(self, changed: list[Version]) -> None:
-        """After versions of one adapter have gone: the current one has the pin, if there is one."""
-        if changed[0].pinned is not None:
-            self.pins.settle(v.digest for v in changed)
+    def _adapter(self, owner: str, name: str) -> str:
+        """The id of an adapter, which is made if need be."""
+        row = self._database.row("select id from adapters where owner = ? and name = ?", (owner, name))
+        if row:
+            return str(row["id"])
+        made = new_id("adapter")
+        self._database.insert("adapters", {"id": made, "owner": owner, "name": name, "created_at": now()})
+        return made
+
+    def _current(self, adapter: str) -> Version | None:
+        return self._one("a.id = ? and v.id = a.current", (adapter,))
+
+    def _next_number(self, adapter: str) -> int:
+        """No number is given twice, so that `owner/name@3` never means another version."""
+        with self._database.transaction() as db:
+            db.execute("update adapters set last_number = last_number + 1 where id = ?", (adapter,))
+            [row] = db.query("select last_number from adapters where id = ?", (adapter,))
+            return int(row["last_number"])
+
+    def _drop(self, version: Version) -> None:
+        """Within a transaction: removes the row of a version, and of the adapter when it was the last."""
+        with self._database.transaction() as db:
+            db.table("versions").delete(version.id)
+            if not self._database.row("select 1 from versions where adapter = ? limit 1", (version.adapter,)):
+                db.table("adapters").delete(version.adapter)
+            elif version.current:
+                self.history.mend(version.adapter)
+            elif version.percent:
+                self.history.split(version.adapter, ())
+            self.objects.give_up([version.digest])
+
+    def _move_pin(self, *changed: Version | None) -> None:
+        """After versions of one adapter have become current, ceased to be, or gone: a pin is on the current one."""
+        versions = [version for version in changed if version is not None]
+        if any(version.pinned for version in versions):
+            self.pins.settle(version.digest for version in versions)
 
     def _remove_given_up(self, versions: list[Version]) -> None:
         for digest in {v.digest for v in versions}:
@@ -285,11 +268,3 @@ class Registry:
     def _remove_unnamed(self, digest: str) -> None:
         if self._database.row("select 1 from versions where digest = ? limit 1", (digest,)) is None:
             self._disk.remove(digest)
-
-    def _one(self, where: str, args: tuple[object, ...]) -> Version | None:
-        found = self._all(where, args)
-        return found[0] if found else None
-
-    def _all(self, where: str, args: tuple[object, ...]) -> list[Version]:
-        rows = self._database.rows(f"{_SELECT} where {where} order by a.owner, a.name, v.number desc", args)
-        return [Version.of(row) for row in rows]

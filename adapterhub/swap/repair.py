@@ -163,4 +163,5 @@ def _still_named(database: Database, digest: str) -> bool:
 
 
 def _name(row: Row) -> str:
-    return f"{row['owner']}/{row['name']}, version {row['number']}"
+    which = f"checkpoint {row['id']}" if row["number"] is None else f"version {row['number']}"
+    return f"{row['owner']}/{row['name']}, {which}"
