@@ -38,7 +38,7 @@ class Kind(StrEnum):
 
 @dataclass(frozen=True, eq=False)
 class Example:
-    """`learned[i]` says whether token i is to be learned, given those before it; what `learned[0]` says never counts."""
+    """`learned[i]` says whether token i is to be learned, given those before it: `learned[0]` never counts."""
 
     tokens: np.ndarray  # int32 [n]
     learned: np.ndarray  # bool [n]
@@ -53,8 +53,9 @@ class DataSet:
         self._data = data
         self._index = index
         self.lengths: np.ndarray = index["tokens"].sum(axis=1, dtype=np.int64)  # [items], all sides of each
+        self.learned_counts: np.ndarray = index["learned"].sum(axis=1, dtype=np.int64)  # [items], likewise
         self.tokens = int(self.lengths.sum())
-        self.learned = int(index["learned"].sum(dtype=np.int64))
+        self.learned = int(self.learned_counts.sum())
 
     def __len__(self) -> int:
         return len(self._index)
@@ -74,7 +75,7 @@ class DataSet:
     @classmethod
     def open(cls, directory: Path, name: str) -> DataSet:
         """`name`: "train" or "valid". Raises FileNotFoundError, or ServerFault when the file is not whole."""
-        path = _path(directory, name)
+        path = data_path(directory, name)
         size = path.stat().st_size
         data = _mapped(path) if size >= _FOOTER.size else np.zeros(_FOOTER.size, np.uint8)
         magic, sides, items, index_at = _FOOTER.unpack(data[-_FOOTER.size :].tobytes())
@@ -103,7 +104,7 @@ class Writer:
     """Takes the items of a data set one by one; holds 16 bytes in memory for each example."""
 
     def __init__(self, kind: Kind, path: Path, file: BinaryIO) -> None:
-        self._kind = kind
+        self.kind = kind
         self._path, self._file = path, file
         self._at = 0
         self._entries = bytearray()
@@ -111,10 +112,10 @@ class Writer:
     @property
     def items(self) -> int:
         """That were added so far."""
-        return len(self._entries) // (_ENTRY.itemsize * self._kind.sides)
+        return len(self._entries) // (_ENTRY.itemsize * self.kind.sides)
 
     def add(self, item: tuple[Example, ...]) -> None:
-        assert len(item) == self._kind.sides
+        assert len(item) == self.kind.sides
         for example in item:
             n = len(example.tokens)
             assert len(example.learned) == n
@@ -127,7 +128,7 @@ class Writer:
         """What was added so far."""
         self._file.flush()
         data = _mapped(self._path) if self._at else np.zeros(0, np.uint8)
-        return DataSet(self._kind, data, self._index())
+        return DataSet(self.kind, data, self._index())
 
     def finish(self, kept: np.ndarray) -> None:
         """Writes the index, of the items alone that `kept` (bool [items]) says."""
@@ -135,10 +136,10 @@ class Writer:
         index = self._index()[kept]
         self._file.write(b"\0" * padding)
         self._file.write(index.tobytes())
-        self._file.write(_FOOTER.pack(_MAGIC, self._kind.sides, len(index), self._at + padding))
+        self._file.write(_FOOTER.pack(_MAGIC, self.kind.sides, len(index), self._at + padding))
 
     def _index(self) -> np.ndarray:
-        return np.frombuffer(bytes(self._entries), _ENTRY).reshape(-1, self._kind.sides)
+        return np.frombuffer(bytes(self._entries), _ENTRY).reshape(-1, self.kind.sides)
 
 
 @contextmanager
@@ -148,7 +149,7 @@ def writing(kind: Kind, directory: Path, name: str) -> Iterator[Writer]:
     If the block raises, nothing is left behind.
     """
     directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-    with becoming(_path(directory, name)) as partial, partial.open("xb", buffering=_BUFFER) as file:
+    with becoming(data_path(directory, name)) as partial, partial.open("xb", buffering=_BUFFER) as file:
         yield Writer(kind, partial, file)
 
 
@@ -156,5 +157,5 @@ def _mapped(path: Path) -> np.ndarray:
     return np.asarray(np.memmap(path, np.uint8, mode="r"))
 
 
-def _path(directory: Path, name: str) -> Path:
+def data_path(directory: Path, name: str) -> Path:
     return directory / f"{name}.data"
