@@ -15,6 +15,7 @@ from adapterhub.config import MIB
 from adapterhub.errors import BadRequest
 from adapterhub.swap.pins import PinnedBy
 from adapterhub.swap.ref import Tier
+from adapterhub.swap.versions import current_of
 
 router = APIRouter(prefix="/admin", tags=["admin"])
 _MOST_BYTES = 2**30 * MIB
@@ -116,7 +117,7 @@ def delete(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
 @router.post("/adapters/{adapter_id}/pin")
 def pin(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
     """Keeps the current version in memory, once it is there. The owner cannot undo it."""
-    hub.registry.adapter(None, adapter_id)
+    current_of(hub.registry.adapter(None, adapter_id))
     hub.pin(adapter_id, PinnedBy.ADMIN)
     return retrieve(hub, caller, adapter_id)
 

@@ -8,14 +8,14 @@ import secrets
 from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub import __version__
-from adapterhub.api import adapters, admin, chat, completions, files, jobs, models
+from adapterhub.api import adapters, admin, chat, completions, files, jobs, models, versions
 from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
@@ -49,6 +49,8 @@ def create_app(config: Config, base: Base) -> FastAPI:
     app = FastAPI(title="AdapterHub", version=__version__, lifespan=lifespan)
     for module in (files, jobs, models, chat, completions, adapters, admin):
         app.include_router(module.router)
+    for prefix, whose in (("/v1/adapters", versions.own), ("/admin/adapters", versions.anybodys)):
+        app.include_router(versions.router, prefix=prefix, tags=["versions"], dependencies=[Depends(whose)])
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> JSONResponse:
@@ -127,7 +129,7 @@ class Envelope:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
-        is_upload = scope["path"].startswith(UPLOADS)
+        is_upload = scope["path"] in UPLOADS
         limit = self.max_upload if is_upload else MAX_BODY
         request_id = scope[REQUEST_ID] = f"req-{secrets.token_hex(12)}"
         received = 0

@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field
 from adapterhub.api.auth import Caller
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer
 from adapterhub.api.hub import Hub, TheHub
-from adapterhub.api.models import find_model
+from adapterhub.api.models import choose_model
 from adapterhub.api.streaming import Form, Json, respond
 from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
@@ -85,7 +85,7 @@ class ChatRequest(GenerationRequest):
 @router.post("/completions", response_model=None)
 async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Request) -> Response:
     body.check_chat(hub)
-    model = find_model(hub, caller, body.model)
+    model = choose_model(hub, caller, body.model, body.user)
     messages = [message.plain(at) for at, message in enumerate(body.messages)]
     prompt = await asyncio.to_thread(hub.codec.chat, messages)
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)

@@ -12,7 +12,7 @@ from pydantic import Field
 from adapterhub.api.auth import Caller
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, Said, TokenId
 from adapterhub.api.hub import Hub, TheHub
-from adapterhub.api.models import find_model
+from adapterhub.api.models import choose_model
 from adapterhub.api.streaming import Form, Json, respond
 from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
@@ -33,7 +33,7 @@ class CompletionRequest(GenerationRequest):
 @router.post("/completions", response_model=None)
 async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: Request) -> Response:
     body.check(hub, echo=body.echo, best_of=body.best_of not in (None, 1), suffix=body.suffix)
-    model = find_model(hub, caller, body.model)
+    model = choose_model(hub, caller, body.model, body.user)
     prompts = await asyncio.to_thread(_prompts, hub, body.prompt)
     plan = body.sampling(body.max_tokens or _DEFAULT_TOKENS, body.logprobs)
     for prompt in prompts:

@@ -33,6 +33,7 @@ class GenerationRequest(Body):
     """What chat and plain completions share. `ignore_eos` and `min_tokens` are vLLM's, for load generators."""
 
     model: str
+    user: str | None = None
     stream: bool = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None

@@ -95,20 +95,22 @@ class Shown(NamedTuple):
 
 
 def _adapter_object(versions: list[Shown]) -> dict[str, Any]:
-    current, tier, _ = next(shown for shown in versions if shown.version.current)
+    one = versions[0].version  # of whatever kind: the name may point at none yet
+    current = next((shown for shown in versions if shown.version.current), None)
     used = sum((shown.used for shown in versions), NEVER)
     return {
-        "id": current.adapter,
+        "id": one.adapter,
         "object": "adapter",
-        "name": current.name,
-        "owner": current.owner,
-        "model": current.alias,
-        "base": current.base,
-        "current": current.id,
-        "bytes": current.nbytes,
-        "rank": current.rank,
-        "tier": tier,
-        "pinned": current.pinned,
+        "name": one.name,
+        "owner": one.owner,
+        "model": one.alias,
+        "base": current.version.base if current else one.base,
+        "current": current.version.id if current else None,
+        "bytes": current.version.nbytes if current else None,
+        "rank": current.version.rank if current else None,
+        "tier": current.tier if current else None,
+        "split": dict(one.split) or None,
+        "pinned": one.pinned,
         **_use_fields(used),
         "created_at": min(shown.version.created_at for shown in versions),
         "versions": [_version_object(shown) for shown in versions],
@@ -119,8 +121,14 @@ def _version_object(shown: Shown) -> dict[str, Any]:
     version = shown.version
     return {
         "id": version.id,
+        "object": "adapter.version",
         "number": version.number,
         "model": version.model,
+        "kind": version.kind,
+        "step": version.step,
+        "metrics": version.metrics,
+        "current": version.current,
+        "percent": version.percent,
         "origin": version.origin,
         "bytes": version.nbytes,
         "rank": version.rank,

@@ -1,30 +1,30 @@
-"""`adapterhub adapters`: list, show, import, export, pin, unpin, evict, delete."""
+"""`adapterhub adapters`: list, show, import, export, pin, unpin, evict, delete; `versions.py` has those on versions."""
 
 from __future__ import annotations
 
 import tempfile
 import zipfile
 from collections.abc import Sequence
-from contextlib import suppress
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
-from urllib.parse import quote
+from typing import Annotated, Any
 
 import typer
 
+from adapterhub.cli import versions
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, Yes, confirm, console, print_json, show
+from adapterhub.cli.find import Several, Which, find
 from adapterhub.cli.formats import ago
 from adapterhub.cli.imports import import_adapters
 from adapterhub.config import format_bytes
-from adapterhub.errors import Forbidden, HubError, NotFound
+from adapterhub.errors import Forbidden, HubError
 
 app = typer.Typer(help="Adapters: yours, and with an admin key everybody's.", no_args_is_help=True)
 app.command("import")(import_adapters)
-
-_WHICH = "An adapter's name, its owner/name, or its id; another owner's needs an admin key."
-Which = Annotated[str, typer.Argument(help=_WHICH)]
-Several = Annotated[list[str], typer.Argument(help=_WHICH.replace("An adapter's name", "Adapters: each one's name"))]
+app.command("versions")(versions.list_versions)
+app.command("promote")(versions.promote)
+app.command("rollback")(versions.rollback)
+app.command("split")(versions.split)
 
 
 class Sort(StrEnum):
@@ -94,7 +94,7 @@ def show_adapters(found: list[dict[str, Any]]) -> None:
     rows = [
         {
             **a,
-            "bytes": format_bytes(a["bytes"]),
+            "bytes": None if a["bytes"] is None else format_bytes(a["bytes"]),
             "versions": len(a["versions"]),
             "last_used_at": ago(a["last_used_at"]),
             "pinned": a["pinned"] and f"by {a['pinned']}",
@@ -112,13 +112,12 @@ def show_adapter(which: Which, as_json: Json = False, url: Url = DEFAULT_URL, ke
         print_json(adapter)
         return
     console.print(f"[bold]{adapter['model']}[/bold]  {adapter['id']}")
-    console.print(f"base {adapter['base']}, current version {adapter['current']}, in tier {adapter['tier']}")
+    current = f"current version {adapter['current']}, in tier {adapter['tier']}" if adapter["current"] else "no release"
+    console.print(f"base {adapter['base']}, {current}")
     pinned = f"pinned by {adapter['pinned']}" if adapter["pinned"] else "not pinned"
     uses = f"hits {adapter['hits']}, loads {adapter['loads']}, last use {ago(adapter['last_used_at'])}"
     console.print(f"{uses}, {pinned}")
-    versions = [{**v, "bytes": format_bytes(v["bytes"])} for v in adapter["versions"]]
-    columns = {"No": "number", "Model": "model", "From": "origin", "Rank": "rank", "Size": "bytes", "Tier": "tier"}
-    show(versions, False, columns, right=("No", "Rank", "Size"))
+    versions.show_versions(adapter["versions"])
 
 
 @app.command("export")
@@ -196,8 +195,8 @@ def delete_adapters(
     client = Client(url, key)
     found = find(client, which)
     names = ", ".join(adapter["model"] for adapter, _ in found)
-    versions = sum(len(adapter["versions"]) for adapter, _ in found)
-    confirm(f"Delete {names} ({versions} version{'' if versions == 1 else 's'})? This cannot be undone.", yes)
+    count = sum(len(adapter["versions"]) for adapter, _ in found)
+    confirm(f"Delete {names} ({count} version{'' if count == 1 else 's'})? This cannot be undone.", yes)
     answers = []
     for adapter, route in found:
         answers.append(client.delete(route))
@@ -205,36 +204,6 @@ def delete_adapters(
             console.print(f"Deleted {adapter['model']}.")
     if as_json:
         print_json(answers)
-
-
-class Found(NamedTuple):
-    adapter: dict[str, Any]
-    route: str  # under which the key may ask for it
-
-
-def find(client: Client, which: Sequence[str]) -> list[Found]:
-    """Adapters by name, `owner/name` or id, each once: the key's owner's, and for an admin key by the latter two
-    anybody's. Raises HubError when there is none of a name, before anything is done to the others."""
-    found = {one.adapter["id"]: one for one in (_find(client, w) for w in which)}
-    return list(found.values())
-
-
-def _find(client: Client, which: str) -> Found:
-    owner, _, name = which.rpartition("/")
-    lookups: list[tuple[str, dict[str, str]]] = [("/v1/adapters", {"name": name})]
-    if owner:
-        lookups.append(("/admin/adapters", {"owner": owner, "name": name}))
-    for path, query in lookups:
-        with suppress(Forbidden):  # no admin key: then it is as if it was not there
-            for adapter in client.items(path, **query):
-                if which in (adapter["name"], adapter["model"]):
-                    return Found(adapter, f"{path}/{adapter['id']}")
-    if which.startswith("adapter-"):
-        for path in ("/v1/adapters", "/admin/adapters"):
-            with suppress(NotFound, Forbidden):
-                route = f"{path}/{quote(which, safe='')}"
-                return Found(client.get(route), route)
-    raise HubError(f"You have no adapter {which!r}. `adapterhub adapters list` shows yours.")
 
 
 def _steer(client: Client, which: Sequence[str], verb: str, done: str, as_json: bool) -> None:
