@@ -45,10 +45,18 @@ class Files:
         self.directory, self.codec = directory, codec
         self.job = directory / "job"
 
-    def prepare(
+    def prepare(self, training: bytes, validation: bytes | None = None, **how: Any) -> Prepared:
+        paths = [self.directory / "training.jsonl"]
+        paths[0].write_bytes(training)
+        if validation is not None:
+            paths.append(self.directory / "validation.jsonl")
+            paths[1].write_bytes(validation)
+        return self.prepare_at(*paths, **how)
+
+    def prepare_at(
         self,
-        training: bytes,
-        validation: bytes | None = None,
+        training: Path,
+        validation: Path | None = None,
         *,
         kind: Kind = Kind.SUPERVISED,
         codec: TextCodec | None = None,
@@ -57,14 +65,7 @@ class Files:
         seed: int = 7,
         on_line: Callable[[], None] = lambda: None,
     ) -> Prepared:
-        paths = []
-        for name, content in (("training.jsonl", training), ("validation.jsonl", validation)):
-            path = self.directory / name
-            if content is not None:
-                path.write_bytes(content)
-            paths.append(path if content is not None else None)
-        assert paths[0] is not None
-        return prepare(self.job, paths[0], paths[1], kind, codec or self.codec, context, held_out, seed, on_line)
+        return prepare(self.job, training, validation, kind, codec or self.codec, context, held_out, seed, on_line)
 
     @property
     def left(self) -> list[str]:
