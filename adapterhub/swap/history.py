@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from typing import NamedTuple
 
 from adapterhub.errors import BadRequest
@@ -58,8 +59,10 @@ class History:
 
     def of(self, adapter: str) -> list[Was]:
         """The current version first, then what each rollback would go to; less what rollbacks have left behind."""
-        rows = self._database.rows("select version, since from history where adapter = ? order by id desc", (adapter,))
-        return [Was(row["version"], row["since"]) for row in rows]
+        sql = "select version, since from history where adapter = ? order by id"
+        rows = self._database.rows(sql, (adapter,))
+        alike = groupby(rows, key=lambda row: row["version"])  # when what came between two times was deleted
+        return [Was(version, next(times)["since"]) for version, times in alike][::-1]
 
     def point(self, adapter: str, version: str) -> None:
         """Makes a version current."""
@@ -80,11 +83,7 @@ class History:
                 "(select max(id) from history where adapter = ? and version = ?)",
                 (adapter, adapter, row["version"]),
             )
-            db.execute(
-                "update history set since = ? where id = (select max(id) from history where adapter = ?)",
-                (now(), adapter),
-            )
-            db.table("adapters").update(adapter, {"current": row["version"], "split": None})
+            self._return(adapter, row["version"])
             return str(row["version"])
 
     def split(self, adapter: str, shares: Iterable[Share]) -> None:
@@ -95,17 +94,22 @@ class History:
     def mend(self, adapter: str) -> None:
         """After the current version was deleted: makes current what was so before, else the newest release left, if
         there is one. What a rollback has left behind does not come back while there is anything else."""
-        sql = """
-            select coalesce(
-                (select version from history where adapter = :adapter order by id desc limit 1),
-                (select id from versions where adapter = :adapter and kind = :kind order by number desc limit 1)
-            ) as version
-        """
+        last = "select version from history where adapter = ? order by id desc limit 1"
+        newest = "select id from versions where adapter = ? and kind = ? order by number desc limit 1"
         with self._database.transaction() as db:
-            [row] = db.query(sql, {"adapter": adapter, "kind": Kind.RELEASE})
+            if row := self._database.row(last, (adapter,)):
+                self._return(adapter, row["version"])
+                return
             db.table("adapters").update(adapter, {"current": None, "split": None})
-            if row["version"] is not None:
-                self.point(adapter, row["version"])
+            if row := self._database.row(newest, (adapter, Kind.RELEASE)):
+                self.point(adapter, row["id"])
+
+    def _return(self, adapter: str, version: str) -> None:
+        """Makes current what the history ends with."""
+        last = "(select max(id) from history where adapter = ?)"
+        with self._database.transaction() as db:
+            db.execute(f"update history set since = ? where id = {last}", (now(), adapter))
+            db.table("adapters").update(adapter, {"current": version, "split": None})
 
     def _current(self, adapter: str) -> str | None:
         row = self._database.row("select current from adapters where id = ?", (adapter,))
