@@ -215,11 +215,12 @@ class Server:
 
 
 @contextmanager
-def running(config: Config, *, change: Callable[[Any], None] = lambda app: None) -> Iterator[Server]:
-    """A real uvicorn on a free port, in a thread. `change` sees the application before it starts."""
+def running(config: Config, *, change: Callable[[Any], None] = lambda app: None, grace: int = 10) -> Iterator[Server]:
+    """A real uvicorn on a free port, in a thread. `change` sees the application before it starts; `grace` is how many
+    seconds requests have to end when it stops."""
     app = create_app(config, load_base(config))
     change(app)
-    settings = uvicorn.Config(app, port=0, log_level="error", lifespan="on", timeout_graceful_shutdown=10)
+    settings = uvicorn.Config(app, port=0, log_level="error", lifespan="on", timeout_graceful_shutdown=grace)
     server = uvicorn.Server(settings)
     thread = threading.Thread(target=server.run, name="server")
     thread.start()

@@ -36,14 +36,23 @@ SIZE = 512  # bytes of an extent: rank 6 of that layout, in bfloat16, is 504
 class Store:
     """Tiers over a directory, and the blocks in it."""
 
-    def __init__(self, directory: Path, *, extents: int = 4, ram: int = 0, threads: int = 1, **pool: Any) -> None:
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        extents: int = 4,
+        ram: int = 0,
+        threads: int = 1,
+        disk: DiskTier | None = None,
+        **pool: Any,
+    ) -> None:
         self.directory = directory
         self.blocks: dict[str, Block] = {}
         self._news = threading.Semaphore(0)
         fields = {"dtype": torch.bfloat16, "device": torch.device("cpu"), **pool}
         self.tiers = Tiers(
             Pool(extents * SIZE, **fields),
-            DiskTier(directory),
+            disk or DiskTier(directory),
             "f" * 64,
             LAYOUT,
             ram_bytes=ram * 504,
@@ -104,7 +113,7 @@ class Store:
         pipe.unlink()
 
     def free(self) -> int:
-        return self.tiers.residency.allocator.free_bytes
+        return self.tiers.contents.residency.allocator.free_bytes
 
     def on_device(self) -> set[str]:
         return {d for d in self.blocks if self.tiers.tier_of(d) is Tier.DEVICE}
@@ -289,7 +298,7 @@ def test_the_least_recently_used_goes_first_and_pinned_ones_stay(tmp_path: Path)
         store.use(refs[4])
         store.use(refs[1])
         assert refs[0].digest in store.on_device()
-        assert store.tiers.counters.evictions == 3
+        assert store.tiers.contents.evictions == 3
         store.check(held)
         store.tiers.release(held)
 
@@ -345,9 +354,9 @@ def test_what_is_evicted_and_cancelled_on_its_way_goes_when_it_has_arrived(store
         assert not store.tiers.evict(ref.digest)
         store.tiers.release(hold)
         store.tiers.check_integrity(pins=1)  # the pipe's
-        assert store.tiers.residency.allocator.used_bytes == SIZE + 256
+        assert store.tiers.contents.residency.allocator.used_bytes == SIZE + 256
     store.arrivals(1)
-    assert store.tiers.residency.allocator.used_bytes == 0
+    assert store.tiers.contents.residency.allocator.used_bytes == 0
     assert store.tiers.tier_of(ref.digest) is Tier.DISK
 
 
@@ -443,7 +452,7 @@ def test_blocks_in_use_are_moved_together_and_their_holds_follow(tmp_path: Path)
         assert store.on_device() == {refs[i].digest for i in (1, 3, 4)} | {large.resident.digest}
         for hold in (holds[1], holds[3], holds[4], large):
             store.check(hold)
-        assert store.tiers.counters.moved_bytes == 504
+        assert store.tiers.contents.moved_bytes == 504
         assert [holds[i].factors is seen[i] for i in (1, 3, 4)] == [False, True, True]
         for hold in (holds[1], holds[3], holds[4], large):
             store.tiers.release(hold)
@@ -661,7 +670,7 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
         for event, number in steps:
             ref = refs[number % len(refs)]
             if event == "acquire":
-                if ref.nbytes <= tiers.residency.allocator.capacity:
+                if ref.nbytes <= tiers.contents.residency.allocator.capacity:
                     hold = tiers.acquire(ref)
                     held += [hold] if hold else []
             elif event == "fail" and (hold := tiers.acquire(AdapterRef("gone", "gone", 504))):
@@ -703,7 +712,7 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
             tiers.pin(ref.digest, False)
         tiers.set_rules(Rules())
         for ref in refs:
-            if ref.nbytes <= tiers.residency.allocator.capacity:  # whatever happened, it can be had
+            if ref.nbytes <= tiers.contents.residency.allocator.capacity:  # whatever happened, it can be had
                 last = tiers.acquire(ref)
                 assert last is not None
                 store.settle()
@@ -737,4 +746,4 @@ def test_numbers_and_pins_are_right_after_any_sequence_of_events(tmp_path: Path,
         for hold in held:
             store.tiers.release(hold)
         store.settle()
-        assert store.tiers.counters.evictions > 20
+        assert store.tiers.contents.evictions > 20

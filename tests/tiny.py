@@ -145,10 +145,10 @@ def make_ref(model: PreTrainedModel, base: Base, directory: Path, *, seed: int =
 class Client:
     """An engine, and everything it answered, in order."""
 
-    def __init__(self, base: Base, config: Config) -> None:
+    def __init__(self, base: Base, config: Config, disk: DiskTier | None = None) -> None:
         self._heard: list[Output] = []
         self._news = threading.Condition()
-        self.engine = Engine(base, config, self._hear)
+        self.engine = Engine(base, config, self._hear, disk=disk)
 
     def _hear(self, outputs: list[Output]) -> None:
         with self._news:
@@ -211,11 +211,12 @@ def kv_bytes(base: Base, blocks: int) -> int:
 
 
 @contextmanager
-def serving(base: Base, directory: Path, **config: Any) -> Iterator[Client]:
-    """A started engine whose blocks lie in `directory / "blobs"`. Checks at the end that nothing has leaked."""
+def serving(base: Base, directory: Path, *, disk: DiskTier | None = None, **config: Any) -> Iterator[Client]:
+    """A started engine whose blocks lie in `directory / "blobs"`, or in `disk`. Checks at the end that nothing has
+    leaked."""
     (directory / "blobs").mkdir(exist_ok=True)
     fields = {"kv_bytes": kv_bytes(base, 64), "device_bytes": 1024**2, "ram_bytes": 0, **config}
-    client = Client(base, Config(data_dir=directory, **fields))
+    client = Client(base, Config(data_dir=directory, **fields), disk)
     client.engine.start()
     try:
         yield client

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import threading
 from collections.abc import AsyncGenerator, AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from typing import Annotated
@@ -39,6 +40,7 @@ from adapterhub.train.worker import Worker
 
 log = logging.getLogger(__name__)
 ADMIN_OWNER = "admin"
+_GRACE_SECONDS = 5.0  # for what waits for the store when the server is told to stop
 
 
 class Hub:
@@ -88,11 +90,15 @@ class Hub:
         self.worker.start()
 
     def stop(self) -> None:
+        letting_go = threading.Timer(_GRACE_SECONDS, self.disk.close)
+        letting_go.start()
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
         if self.mirror is not None:
             self.mirror.stop()
+        letting_go.cancel()
+        self.disk.close()
         self.database.close()
         os.close(self._lock)
 

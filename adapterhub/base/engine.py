@@ -241,8 +241,8 @@ class Engine:
             if wait:
                 self._sleep()
             self._drain()
-            self.tiers.poll()
             self._sweep()
+            self.tiers.poll()
             if self._pin_ahead():
                 self._prefetch()
             return self._step() or self._train()
@@ -282,18 +282,22 @@ class Engine:
     def _pin_ahead(self) -> bool:
         """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere.
         False when there is no room for one of them until others release theirs."""
+        room, failed = True, list[tuple[Sequence, HubError]]()
         for sequence in self._scheduler.look_ahead():
             adapter = sequence.request.adapter
             try:
                 if adapter is not None and sequence.hold is None:
                     sequence.hold = self.tiers.acquire(adapter)
                     if sequence.hold is None:  # who came first is served first
-                        return False
+                        room = False
+                        break
                 if sequence.hold is not None and sequence.hold.error is not None:
                     raise sequence.hold.error
             except HubError as error:
-                self._fail([sequence], error)
-        return True
+                failed.append((sequence, error))
+        for sequence, why in failed:
+            self._fail([sequence], why)
+        return room
 
     def _prefetch(self) -> None:
         """Reads ahead, while the readers have nothing else to do: what is asked for further back in the queue, then

@@ -142,9 +142,15 @@ class Scheduler:
     def num_waiting(self) -> int:
         return sum(len(queue) for queue in self._waiting.values())
 
-    def look_ahead(self) -> list[Sequence]:
-        """The waiting sequences that come next: those whose adapters should be on their way."""
-        return [s for s, _ in zip(self.waiting(), range(self.max_batch), strict=False)]
+    def look_ahead(self) -> Iterator[Sequence]:
+        """The waiting sequences that come next: those whose adapters should be on their way. Those that wait for the
+        store, which may never answer, are among them, and count for none. Change the queue only after the last."""
+        left = self.max_batch
+        for sequence in self.waiting():
+            if left == 0:
+                return
+            yield sequence
+            left -= sequence.hold is None or not sequence.hold.away
 
     def find(self, matches: Callable[[Sequence], bool]) -> list[Sequence]:
         return [s for s in (*self.running, *self.waiting()) if matches(s)]

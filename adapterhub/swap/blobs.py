@@ -48,6 +48,7 @@ class Blobs:
         self._claimed = 0  # bytes that are being written
         self._keeper = Keeper()  # of all files
         self._safe: set[str] = set()  # which of them may be evicted
+        self._pins: dict[str, bool] = {}  # what was last said of a block: who settles it may know less
         for name, size, _ in sorted(_files(directory), key=lambda found: found[2]):
             self._count(Named(name.removesuffix(SUFFIX), ""), size)
 
@@ -100,8 +101,7 @@ class Blobs:
         with self._mutex:
             for block in named:
                 if block.digest in self._keeper:
-                    pinned = block.pinned or self._keeper.is_pinned(block.digest)
-                    self._count(block._replace(pinned=pinned), self._size(block.digest))
+                    self._count(block, self._size(block.digest))
             self.obey()
 
     def touch(self, digest: str) -> None:
@@ -112,6 +112,7 @@ class Blobs:
 
     def pin(self, digest: str, pinned: bool) -> None:
         with self._mutex:
+            self._pins[digest] = pinned
             if digest in self._keeper:
                 self._keeper.pin(digest) if pinned else self._keeper.unpin(digest, time.monotonic())
 
@@ -120,6 +121,7 @@ class Blobs:
         self.set_aside_path(digest).unlink(missing_ok=True)
         with self._mutex:
             self._drop(digest)
+            self._pins.pop(digest, None)
         sync_directory(self.directory)
 
     def forget(self, digest: str) -> None:
@@ -181,25 +183,21 @@ class Blobs:
             self._keeper = self._keeper.with_rules(rules)
             self.obey()
 
+    def plan(self, rules: TierRules) -> list[tuple[str, int]]:
+        """Digest and bytes of what would go at once under other rules."""
+        with self._mutex:
+            keeper = self._keeper.with_rules(rules)
+            return [(digest, keeper.item(digest).size) for digest in self._unlawful(keeper)]
+
     def obey(self) -> None:
         """Evicts what budget and rules let go of at once, such as what was not used for too long."""
         with self._mutex:
-            budget = self.used_bytes if self.budget is None else self.budget - self._claimed
-            gone = self._keeper.unlawful(time.monotonic(), budget, self._evictable)
-            if gone is None:  # not all of the excess may go yet
-                self.evict(self.used_bytes - budget, "")
-            else:
-                self._evict(gone)
+            self._evict(self._unlawful(self._keeper))
 
     def evict(self, nbytes: int, owner: str) -> bool:
         """Makes a disk that is full before the budget is reached emptier by `nbytes`; False when nothing may go."""
         with self._mutex:
-            chosen: list[str] = []
-            for key in self._keeper.victims(owner, self._evictable):
-                if nbytes <= 0:
-                    break
-                chosen.append(key)
-                nbytes -= self._size(key)
+            chosen = self._first(self._keeper, nbytes, owner)
             self._evict(chosen)
             return bool(chosen)
 
@@ -224,6 +222,22 @@ class Blobs:
             )
         self._evict(gone)
 
+    def _unlawful(self, keeper: Keeper) -> list[str]:
+        """What budget and the keeper's rules let go of at once; where not all of the excess may go, what may."""
+        budget = keeper.used_bytes if self.budget is None else self.budget - self._claimed
+        gone = keeper.unlawful(time.monotonic(), budget, self._evictable)
+        return self._first(keeper, keeper.used_bytes - budget, "") if gone is None else gone
+
+    def _first(self, keeper: Keeper, nbytes: int, owner: str) -> list[str]:
+        """What goes first, as much of it as has `nbytes`."""
+        chosen: list[str] = []
+        for digest in keeper.victims(owner, self._evictable):
+            if nbytes <= 0:
+                break
+            chosen.append(digest)
+            nbytes -= self._size(digest)
+        return chosen
+
     def _evictable(self, digest: str) -> bool:
         return digest in self._safe and not self._locks.busy(digest)
 
@@ -241,10 +255,12 @@ class Blobs:
         return self._keeper.item(digest).size if digest in self._keeper else 0
 
     def _count(self, block: Named, size: int) -> None:
-        self._uncount(block.digest)
-        self._keeper.insert(Item(block.digest, size, block.owner), time.monotonic(), pinned=block.pinned)
+        digest = block.digest
+        pinned = self._pins.get(digest, block.pinned or (digest in self._keeper and self._keeper.is_pinned(digest)))
+        self._uncount(digest)
+        self._keeper.insert(Item(digest, size, block.owner), time.monotonic(), pinned=pinned)
         if block.safe:
-            self._safe.add(block.digest)
+            self._safe.add(digest)
 
     def _uncount(self, digest: str) -> None:
         if digest in self._keeper:

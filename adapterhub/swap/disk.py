@@ -44,6 +44,10 @@ _DOWNLOADS = 2  # one that is not what it should be may have been cut off
 log = logging.getLogger(__name__)
 
 
+class Elsewhere(Exception):
+    """There is no good file of the block here: the store is to be asked."""
+
+
 class DiskTier:
     """`tier_of` and `stats` never wait, so that the engine's thread may ask; everything else is for other threads."""
 
@@ -72,7 +76,24 @@ class DiskTier:
         Raises BlockDamaged; WrongBase when the block does not belong to the base of that fingerprint; Unavailable when
         the store does not answer.
         """
+        return self._whole(ref, self._into(ref, out, fingerprint))
 
+    def read_here(self, ref: AdapterRef, out: torch.Tensor, fingerprint: str) -> BlockMeta:
+        """`read`, but where that would ask the store, it raises Elsewhere: who comes next need not wait for that."""
+        if self.store is None:
+            return self.read(ref, out, fingerprint)
+        try:
+            return self._look(ref, self._into(ref, out, fingerprint))
+        except BlockDamaged as error:
+            raise Elsewhere(error.message) from error
+
+    def fetch(self, ref: AdapterRef) -> None:
+        """Brings the block from the store to the disk, unless a good file of it is there. Raises BlockDamaged when the
+        store does not have it either, Unavailable when it does not answer, or the disk is full."""
+        with self.holding(ref.digest):
+            self._mend(ref)
+
+    def _into(self, ref: AdapterRef, out: torch.Tensor, fingerprint: str) -> Callable[[BinaryIO, Path], BlockMeta]:
         def look(file: BinaryIO, path: Path) -> BlockMeta:
             header = read_header(file, path)
             if header.meta.fingerprint != fingerprint:
@@ -88,7 +109,7 @@ class DiskTier:
                 self._verified.add(ref.digest)
             return header.meta
 
-        return self._whole(ref, look)
+        return look
 
     def block(self, ref: AdapterRef) -> Block:
         """The whole block, checked. Raises BlockDamaged, or Unavailable when the store does not answer."""
@@ -220,11 +241,20 @@ class DiskTier:
         self.files.set_budget(budget)
 
     def pin(self, digest: str, pinned: bool) -> None:
-        """What is pinned stays on the disk, too, once it is there."""
+        """What is pinned stays on the disk, too, whether it is there now or comes later."""
         self.files.pin(digest, pinned)
 
     def set_rules(self, rules: TierRules) -> None:
         self.files.set_rules(rules)
+
+    def plan(self, rules: TierRules) -> list[tuple[str, int]]:
+        """Digest and bytes of the files that `set_rules` would evict now."""
+        return self.files.plan(rules)
+
+    def close(self) -> None:
+        """Whoever waits for the store is let go: it may never answer."""
+        if self.store is not None:
+            self.store.close()
 
     def stats(self) -> dict[str, dict[str, Any]]:
         """ "disk", and "store" where there is one."""

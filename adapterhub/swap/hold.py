@@ -10,7 +10,7 @@ import torch
 from adapterhub.errors import HubError
 from adapterhub.swap.block import BlockMeta
 from adapterhub.swap.layout import Factors, Layout
-from adapterhub.swap.ref import Tier
+from adapterhub.swap.ref import AdapterRef, Tier
 
 
 class Placed:
@@ -37,10 +37,11 @@ class Placed:
 class Resident:
     """A block in the pool, or on its way there: `placed` is None until it has arrived."""
 
-    digest: str
-    nbytes: int
-    owner: str
+    ref: AdapterRef
     found: Tier
+    asked: float  # when, by `time.perf_counter`
+    away: bool = False  # it comes from the store, and has no place in the pool before it is on the disk
+    fetches: int = 0  # how often it was brought from the store to the disk
     placed: Placed | None = None
     error: HubError | None = None
     pins: int = 0  # holds of requests
@@ -48,6 +49,14 @@ class Resident:
     pinned: bool = False  # by its owner or an operator
     condemned: bool = False  # evict as soon as nobody uses it
     keep: bool = True  # in RAM, too, when it arrives
+
+    @property
+    def digest(self) -> str:
+        return self.ref.digest
+
+    @property
+    def nbytes(self) -> int:
+        return self.ref.nbytes
 
 
 @dataclass
@@ -60,6 +69,11 @@ class Hold:
     @property
     def ready(self) -> bool:
         return self.resident.placed is not None
+
+    @property
+    def away(self) -> bool:
+        """Whether it waits for the store."""
+        return self.resident.away
 
     @property
     def factors(self) -> dict[str, Factors]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import ctypes
 import mmap
+from contextlib import suppress
+from pathlib import Path
 
 import torch
 
@@ -30,3 +32,16 @@ def streaming_memory(nbytes: int) -> torch.Tensor:
         # an advice: without such pages it works all the same
         madvise(ctypes.c_void_p(memory.data_ptr()), ctypes.c_size_t(nbytes // HUGE_PAGE * HUGE_PAGE), _MADV_HUGEPAGE)
     return memory
+
+
+def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """What this process may still take, by the machine and by its container. None where no system says so."""
+    found: list[int] = []
+    with suppress(OSError):
+        lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
+        found.append(int(lines["MemAvailable"].split()[0]) * 1024)
+    with suppress(OSError, ValueError):  # "max" is no number: no limit
+        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
+        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
+        found.append(limit - used + int(stat["inactive_file"]))  # cached files give way
+    return max(0, min(found)) if found else None

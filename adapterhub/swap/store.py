@@ -11,10 +11,13 @@ from __future__ import annotations
 import errno
 import logging
 import random
+import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, InvalidStateError, wait
+from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -22,6 +25,7 @@ from fsspec.implementations.local import LocalFileSystem
 from adapterhub.errors import BadRequest, HubError, StorageFull, Unavailable
 from adapterhub.swap.block import SUFFIX
 from adapterhub.swap.files import FULL, remove_partials, stream_durably
+from adapterhub.swap.threads import settle
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -39,7 +43,8 @@ class StoredObject(NamedTuple):
 class Store:
     """Safe to use from any thread, as fsspec's drivers are.
 
-    Every method may raise Unavailable, after a few attempts, when the store cannot be reached or refuses.
+    Every method may raise Unavailable, after a few attempts, when the store cannot be reached or refuses. A driver that
+    hangs holds up its caller until `close`, and nobody after that.
     """
 
     def __init__(self, fs: fsspec.AbstractFileSystem, prefix: str, url: str = "", pauses: tuple[float, ...] = PAUSES):
@@ -48,6 +53,7 @@ class Store:
         self._fs = fs
         self._prefix = prefix.rstrip("/")
         self._pauses = pauses
+        self._closed: Future[None] = Future()
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
         self._flat = not protocols.isdisjoint(_EXTRAS)  # it has no directories
 
@@ -117,6 +123,11 @@ class Store:
             return remove_partials(Path(self._prefix))
         return 0
 
+    def close(self) -> None:
+        """Whoever waits for the store is told that the server stops; so is whoever asks later."""
+        with suppress(InvalidStateError):  # it was closed before
+            self._closed.set_result(None)
+
     def _key(self, digest: str) -> str:
         return f"{self._prefix}/{digest}{SUFFIX}"
 
@@ -148,7 +159,7 @@ class Store:
     def _try(self, what: str, digest: str, act: Callable[[], T]) -> T:
         for pause in (*self._pauses, None):
             try:
-                return act()
+                return self._apart(act)
             except HubError:
                 raise
             except Exception as error:  # whatever a driver raises; each has its own
@@ -163,6 +174,17 @@ class Store:
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
+
+    def _apart(self, act: Callable[[], T]) -> T:
+        """Waits for `act` on a thread of its own, which is left to itself when the store is closed."""
+        done: Future[T] = Future()
+        if not self._closed.done():
+            threading.Thread(target=settle, args=(done, act), name="adapterhub-store", daemon=True).start()
+            either: list[Future[Any]] = [done, self._closed]
+            wait(either, return_when=FIRST_COMPLETED)
+        if not done.done():
+            raise Unavailable("The server is shutting down; try again.")
+        return done.result()
 
 
 def _connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:
