@@ -1,28 +1,33 @@
-"""The trainer against PEFT with torch's AdamW: same start, same batches, so the same losses and the same weights."""
+"""Runs against PEFT with torch's AdamW: same start, same batches, so the same losses and the same weights."""
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator
+import tempfile
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from torch.nn.functional import cross_entropy
+from torch.nn.functional import cross_entropy, logsigmoid
 from transformers import PreTrainedModel
 
 from adapterhub.base.model import Base
 from adapterhub.errors import HubError
 from adapterhub.swap import peft
 from adapterhub.swap.block import Block
-from adapterhub.train.data import Example
-from adapterhub.train.plan import Plan, target_layout
-from adapterhub.train.trainer import News, Parameters, Progress, Trained, Trainer
+from adapterhub.train.cotrainer import CoTrainer
+from adapterhub.train.dataset import DataSet, Example, Kind
+from adapterhub.train.news import News, Progress, Started, Trained
+from adapterhub.train.parameters import Parameters
+from adapterhub.train.plan import Plan, Schedule, target_layout
+from adapterhub.train.run import Run
 from tests.tiny import (
     CPU,
     Machine,
@@ -36,106 +41,168 @@ from tests.tiny import (
 )
 
 STEPS = 6
+Item = tuple[Example, ...]
 
 
 def make_plan(**changes: Any) -> Plan:
     fields: dict[str, Any] = {
+        "kind": Kind.SUPERVISED,
         "n_epochs": 100,
         "batch_size": 4,
+        "learning_rate": 2e-3,
         "learning_rate_multiplier": 1.0,
+        "schedule": Schedule.LINEAR,
         "rank": 3,
+        "alpha": 2.0 * changes.get("rank", 3),
+        "rslora": False,
+        "lora_plus_ratio": 1.0,
         "targets": (),
+        "weight_decay": 0.0,
         "seed": 7,
         "max_steps": STEPS,
+        "early_stopping": 0,
+        "keep_checkpoints": 3,
+        "held_out": None,
     }
     return Plan(**{**fields, **changes})
 
 
-def make_examples(count: int = 10) -> list[Example]:
+def make_example(choose: random.Random, number: int, prefix: Sequence[int] = ()) -> Example:
+    tokens = [*prefix, *prompt_of(choose.randint(3, 24), number)]
+    learned = [len(prefix) <= i and choose.random() < 0.5 for i in range(1, len(tokens))]
+    return Example(np.array(tokens, np.int32), np.array([False, *learned[:-1], True]))
+
+
+def make_items(count: int = 10, start: int = 100) -> list[Item]:
     """Longer and shorter than the sliding window of some families; every one has something to learn."""
-    choose = random.Random(1)
-    examples = []
-    for i in range(count):
-        tokens = prompt_of(choose.randint(3, 24), 100 + i)
-        examples.append(Example(tokens, [choose.random() < 0.5 for _ in tokens[1:]] + [True]))
-    return examples
+    choose = random.Random(start)
+    return [(make_example(choose, start + i),) for i in range(count)]
 
 
-def run(base: Base, plan: Plan, examples: list[Example], micro_tokens: int = 10**6) -> list[News]:
-    """Every piece of a job, as the engine does them; the news it told."""
+def make_pairs(count: int = 10, start: int = 100) -> list[Item]:
+    choose = random.Random(start)
+    asked = [prompt_of(choose.randint(2, 9), start + i) for i in range(count)]
+    return [
+        (make_example(choose, start + 2 * i, prompt), make_example(choose, start + 2 * i + 1, prompt))
+        for i, prompt in enumerate(asked)
+    ]
+
+
+def data_of(items: list[Item]) -> DataSet:
+    with tempfile.TemporaryDirectory() as directory:  # the file stays, without a name, for as long as it is mapped
+        return DataSet.of(Kind.DPO if len(items[0]) == 2 else Kind.SUPERVISED, items, Path(directory), "train")
+
+
+def carry_out(trainer: CoTrainer, tokens: int = 10**6) -> int:
+    """Every piece there is, as the engine does them; returns how many that were."""
+    pieces = 0
+    while trainer.step(tokens):
+        pieces += 1
+    return pieces
+
+
+def run(base: Base, plan: Plan, items: list[Item], tokens: int = 10**6, **more: Any) -> list[News]:
+    """A job by itself; the news it told."""
     news: list[News] = []
-    trainer = Trainer(base, examples, plan, micro_tokens, news.append)
-    try:
-        while trainer.step(10**6):
-            pass
-    except Exception as error:
-        trainer.fail(error)
+    trainer = CoTrainer(base, lambda: None)
+    valid = more.pop("valid", None)
+    trainer.add(Run(base, plan, data_of(items), data_of(valid) if valid else None, news.append, **more))
+    carry_out(trainer, tokens)
+    assert trainer.running == 0
     return news
 
 
-def block_of(news: list[News]) -> Block:
+def trained(news: list[News]) -> Trained:
     assert isinstance(news[-1], Trained), news[-1]
-    return news[-1].block
+    return news[-1]
+
+
+def block_of(news: list[News]) -> Block:
+    return trained(news).block
 
 
 def losses_of(news: list[News]) -> list[float]:
     return [n.loss for n in news if isinstance(n, Progress)]
 
 
+def all_of(kind: type, news: list[News]) -> list[Any]:
+    return [n for n in news if isinstance(n, kind)]
+
+
 # -- the oracle
 
 
-def batches_of(examples: list[Example], plan: Plan, steps: int) -> Iterator[list[Example]]:
-    """Every example once an epoch, in an order that the seed decides."""
-    order = random.Random(plan.seed)
+def batches_of(items: list[Item], plan: Plan, steps: int) -> Iterator[list[Item]]:
+    """Every item once an epoch, in an order that the seed decides."""
+    epoch = 0
     while True:
-        epoch = order.sample(examples, len(examples))
-        for at in range(0, len(epoch), plan.batch_size):
+        order = np.random.default_rng((plan.seed, epoch)).permutation(len(items))
+        for at in range(0, len(items), plan.batch_size):
             if steps == 0:
                 return
             steps -= 1
-            yield epoch[at : at + plan.batch_size]
+            yield [items[i] for i in order[at : at + plan.batch_size]]
+        epoch += 1
 
 
-def oracle(model: PreTrainedModel, base: Base, plan: Plan, examples: list[Example]) -> tuple[PeftModel, list[float]]:
-    """PEFT's model, trained example by example with torch's AdamW; and the loss before each step."""
+def logprobs_of(model: Any, example: Example) -> torch.Tensor:
+    """Of the tokens to be learned."""
+    tokens, mask = torch.from_numpy(example.tokens.astype(np.int64)), torch.from_numpy(example.learned[1:])
+    logits = model(input_ids=tokens[None]).logits[0, :-1]
+    return -cross_entropy(logits[mask], tokens[1:][mask], reduction="none")
+
+
+def loss_of(model: PeftModel, batch: list[Item], beta: float | None) -> torch.Tensor:
+    if beta is None:
+        each = [logprobs_of(model, item[0]) for item in batch]
+        return -torch.cat(each).sum() / sum(len(e) for e in each)
+    losses = []
+    for item in batch:
+        better, worse = (logprobs_of(model, side).sum() for side in item)
+        with model.disable_adapter(), torch.no_grad():
+            base_better, base_worse = (logprobs_of(model, side).sum() for side in item)
+        losses.append(-logsigmoid(beta * ((better - base_better) - (worse - base_worse))))
+    return torch.stack(losses).mean()
+
+
+def oracle(model: PreTrainedModel, base: Base, plan: Plan, items: list[Item]) -> tuple[PeftModel, list[float]]:
+    """PEFT's model, trained item by item with torch's AdamW; and the loss before each step."""
     layout = target_layout(plan, base.layout)
     names = [t.name for t in layout.targets]
-    config = LoraConfig(r=plan.rank, lora_alpha=2 * plan.rank, target_modules=names, task_type="CAUSAL_LM")
+    config = LoraConfig(
+        r=plan.rank, lora_alpha=plan.alpha, use_rslora=plan.rslora, target_modules=names, task_type="CAUSAL_LM"
+    )
     wrapped = get_peft_model(model, config).eval()
-    start = Parameters(layout, plan.rank, plan.scale, plan.seed, CPU)
-    for target, factors in layout.all_factors(start.block, plan.rank):
-        layer = wrapped.base_model.model.get_submodule(target.name)
+    start = Parameters(layout, plan.rank, plan.scale, torch.float32, CPU)
+    start.start_fresh(plan.seed)
+    for name, factors in start.factors.items():
+        layer = wrapped.base_model.model.get_submodule(name)
         layer.lora_A["default"].weight.data.copy_(factors.a)
         assert not layer.lora_B["default"].weight.any()
-    trainable = [p for p in wrapped.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=plan.learning_rate, weight_decay=0.0)
-    losses, steps = [], plan.steps(len(examples))
+    halves = [[p for n, p in wrapped.named_parameters() if f"lora_{half}" in n] for half in "AB"]
+    optimizer = torch.optim.AdamW([{"params": half} for half in halves], lr=0.0, weight_decay=plan.weight_decay)
+    losses, steps = [], plan.steps(len(items))
     warm = max(1, round(0.1 * steps))
-    for step, batch in enumerate(batches_of(examples, plan, steps)):
+    for step, batch in enumerate(batches_of(items, plan, steps)):
         share = (step + 1) / warm if step < warm else 1 - 0.9 * (step - warm) / max(1, steps - warm)
-        optimizer.param_groups[0]["lr"] = plan.learning_rate * share
+        rate = plan.learning_rate * plan.learning_rate_multiplier * share
+        for group, ratio in zip(optimizer.param_groups, (1.0, plan.lora_plus_ratio), strict=True):
+            group["lr"] = rate * ratio
         optimizer.zero_grad()
-        total, learned = torch.zeros(()), 0
-        for example in batch:
-            logits = wrapped(input_ids=torch.tensor([example.tokens])).logits[0, :-1]
-            mask = torch.tensor(example.learned[1:])
-            wanted = torch.tensor(example.tokens[1:])
-            total = total + cross_entropy(logits[mask], wanted[mask], reduction="sum")
-            learned += int(mask.sum())
-        loss = total / learned
+        loss = loss_of(wrapped, batch, plan.beta)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        torch.nn.utils.clip_grad_norm_([*halves[0], *halves[1]], 1.0)
         optimizer.step()
         losses.append(loss.item())
     return wrapped, losses
 
 
-def assert_same_adapter(block: Block, wrapped: PeftModel, **close: float) -> None:
+def assert_same_adapter(block: Block, wrapped: PeftModel, *, atol: float, rtol: float) -> None:
+    scale = block.meta.scales[0]
     for target, factors in block.meta.layout.all_factors(block.payload, block.meta.rank):
         layer = wrapped.base_model.model.get_submodule(target.name)
-        torch.testing.assert_close(factors.a, layer.lora_A["default"].weight.data, **close)
-        torch.testing.assert_close(factors.b, 2 * layer.lora_B["default"].weight.data.T, **close)
+        torch.testing.assert_close(factors.a, layer.lora_A["default"].weight.data, atol=atol, rtol=rtol)
+        torch.testing.assert_close(factors.b, scale * layer.lora_B["default"].weight.data.T, atol=atol, rtol=rtol)
 
 
 @dataclass
@@ -153,9 +220,10 @@ class Lesson:
 
 
 def make_lesson(family: str, plan: Plan) -> Lesson:
-    base, examples = serving_twin(tiny_model(family)), make_examples()
-    taught, losses = oracle(tiny_model(family), base, plan, examples)
-    return Lesson(base, run(base, plan, examples), taught, losses)
+    base = serving_twin(tiny_model(family))
+    items = make_pairs() if plan.kind is Kind.DPO else make_items()
+    taught, losses = oracle(tiny_model(family), base, plan, items)
+    return Lesson(base, run(base, plan, items), taught, losses)
 
 
 @pytest.fixture(scope="module")
@@ -181,6 +249,12 @@ def test_losses_and_weights_are_those_of_peft(family: str) -> None:
         {"max_steps": None, "n_epochs": 2, "batch_size": 3},
         {"max_steps": 1},
         {"learning_rate_multiplier": 10.0, "max_steps": 4},
+        {"alpha": 5.0},
+        {"rank": 4, "alpha": 3.0, "rslora": True},
+        {"lora_plus_ratio": 8.0},
+        {"weight_decay": 0.1, "learning_rate": 1e-2},
+        {"kind": Kind.DPO, "beta": 0.3},
+        {"kind": Kind.DPO, "beta": 0.05, "learning_rate_multiplier": 10.0, "batch_size": 3},
     ],
 )
 def test_every_hyperparameter_means_what_it_says(changes: dict[str, Any]) -> None:
@@ -190,45 +264,46 @@ def test_every_hyperparameter_means_what_it_says(changes: dict[str, Any]) -> Non
 
 
 def test_it_learns(lesson: Lesson) -> None:
-    news = run(lesson.base, make_plan(learning_rate_multiplier=10.0, max_steps=25), make_examples())
+    news = run(lesson.base, make_plan(learning_rate_multiplier=10.0, max_steps=25), make_items())
     assert losses_of(news)[-1] < 0.5 * losses_of(news)[0]
     assert all(0 <= n.accuracy <= 1 for n in news if isinstance(n, Progress))
 
 
 def test_a_seed_gives_the_same_block_and_another_seed_another(lesson: Lesson) -> None:
-    again = run(lesson.base, make_plan(), make_examples())
-    other = run(lesson.base, make_plan(seed=8), make_examples())
+    again = run(lesson.base, make_plan(), make_items())
+    other = run(lesson.base, make_plan(seed=8), make_items())
     assert block_of(again).digest == lesson.block.digest
     assert block_of(other).digest != lesson.block.digest
 
 
 @pytest.mark.parametrize("micro_tokens", [1, 20, 45])
 def test_micro_batches_give_the_same_as_one_batch(lesson: Lesson, micro_tokens: int) -> None:
-    news = run(lesson.base, make_plan(), make_examples(), micro_tokens)
+    news = run(lesson.base, make_plan(), make_items(), micro_tokens)
     torch.testing.assert_close(losses_of(news), losses_of(lesson.news), atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(block_of(news).payload, lesson.block.payload, atol=2e-5, rtol=1e-4)
 
 
 def test_a_piece_is_a_micro_batch(lesson: Lesson) -> None:
     """So that a request waits for no more than that many tokens."""
-    news: list[News] = []
-    trainer = Trainer(lesson.base, make_examples(), make_plan(max_steps=2), 1, news.append)
-    pieces = 0
-    while trainer.step(10**6):
-        pieces += 1
-    assert pieces == 8, "two batches of four examples"
+    trainer = CoTrainer(lesson.base, lambda: None)
+    trainer.add(Run(lesson.base, make_plan(max_steps=2), data_of(make_items()), None, lambda _: None))
+    sizes = [len(item[0].tokens) for batch in batches_of(make_items(), make_plan(), 2) for item in batch]
+    measured = sum(len(item[0].tokens) for item in make_items())  # before and after
+    assert [trainer.step(10**6), *(trainer.step(1) for _ in sizes)] == [measured, *sizes]
+    assert [trainer.step(10**6), trainer.step(10**6)] == [measured, 0]
 
 
 def test_progress_counts_steps_and_tokens(lesson: Lesson) -> None:
-    plan, examples = make_plan(), make_examples()
-    sizes = [sum(len(e.tokens) for e in batch) for batch in batches_of(examples, plan, STEPS)]
-    progress = [n for n in lesson.news if isinstance(n, Progress)]
+    plan, items = make_plan(), make_items()
+    sizes = [sum(len(item[0].tokens) for item in batch) for batch in batches_of(items, plan, STEPS)]
+    assert lesson.news[0] == Started(0, STEPS)
+    progress = all_of(Progress, lesson.news)
     assert [(p.step, p.total_steps) for p in progress] == [(i + 1, STEPS) for i in range(STEPS)]
     assert [p.trained_tokens for p in progress] == [sum(sizes[: i + 1]) for i in range(STEPS)]
     assert all(p.tokens_per_second > 0 for p in progress)
     assert progress[-1].seconds_left == 0
-    assert isinstance(lesson.news[-1], Trained)
-    assert lesson.news[-1].trained_tokens == sum(sizes)
+    assert trained(lesson.news).trained_tokens == sum(sizes)
+    assert trained(lesson.news).step == STEPS
 
 
 # -- what is published
@@ -262,7 +337,7 @@ def test_the_export_of_a_trained_block_can_be_imported_again(lesson: Lesson) -> 
 
 def test_a_base_of_sixteen_bits_trains_a_block_of_sixteen_bits() -> None:
     base = serving_twin(tiny_model("llama").bfloat16())
-    news = run(base, make_plan(learning_rate_multiplier=10.0, max_steps=10), make_examples(4))
+    news = run(base, make_plan(learning_rate_multiplier=10.0, max_steps=10), make_items(4))
     block = block_of(news)
     assert block.payload.dtype == torch.bfloat16
     assert losses_of(news)[-1] < 0.7 * losses_of(news)[0]
@@ -270,7 +345,7 @@ def test_a_base_of_sixteen_bits_trains_a_block_of_sixteen_bits() -> None:
 
 
 def test_training_leaves_the_base_as_it_was(lesson: Lesson) -> None:
-    run(lesson.base, make_plan(max_steps=2), make_examples())
+    run(lesson.base, make_plan(max_steps=2), make_items())
     for (name, found), original in zip(
         lesson.base.model.named_parameters(), tiny_model("llama").parameters(), strict=True
     ):
@@ -282,23 +357,22 @@ def test_training_leaves_the_base_as_it_was(lesson: Lesson) -> None:
 
 
 def test_a_run_that_diverges_is_told_and_publishes_nothing(lesson: Lesson) -> None:
-    news = run(lesson.base, make_plan(learning_rate_multiplier=1e35), make_examples())
+    news = run(lesson.base, make_plan(learning_rate_multiplier=1e35), make_items())
     error = news[-1]
     assert isinstance(error, HubError)
     assert error.code == "training_diverged"
     assert "Lower learning_rate_multiplier (it was 1e+35)" in error.message
-    assert not any(isinstance(n, Trained) for n in news)
+    assert not all_of(Trained, news)
 
 
-def test_a_cancelled_run_does_and_tells_nothing_more(lesson: Lesson) -> None:
-    news: list[News] = []
-    trainer = Trainer(lesson.base, make_examples(), make_plan(), 10**6, news.append)
-    while not news:
-        assert trainer.step(10**6)
-    trainer.cancel()
-    assert not trainer.step(10**6)
-    assert not trainer.step(10**6)
-    assert len(news) == 1
+def test_a_run_that_explodes_though_its_numbers_stay_finite_is_stopped_too(lesson: Lesson) -> None:
+    learned = block_of(run(lesson.base, make_plan(max_steps=60, learning_rate=2e-2), make_items()))
+    news = run(lesson.base, make_plan(max_steps=60, learning_rate=2.0), make_items(), initial=learned)
+    error = news[-1]
+    assert isinstance(error, HubError)
+    assert error.code == "training_diverged"
+    assert "The loss rose from" in error.message
+    assert math.isfinite(losses_of(news)[-1])
 
 
 # -- beside serving
@@ -309,13 +383,15 @@ def test_a_job_trains_the_same_while_the_base_serves_and_its_adapter_is_live_at_
 ) -> None:
     news: list[News] = []
     prompt, plain = prompt_of(30), greedy(tiny_model("llama"), prompt_of(30), 30)
-    with serving(lesson.base, tmp_path, serve_share=0.3) as client:
-        client.engine.set_idle_work(Trainer(lesson.base, make_examples(), make_plan(), 30, news.append))
+    with serving(lesson.base, tmp_path) as client:
+        trainer = CoTrainer(lesson.base, client.engine.wake)
+        client.engine.set_idle_work(trainer)
+        trainer.add(Run(lesson.base, make_plan(), data_of(make_items()), None, news.append))
         turns = 0
         while not (news and isinstance(news[-1], Trained)):
             assert client.ask(prompt, max_tokens=30) == plain
             turns += 1
-            assert turns < 200
+            assert turns < 1000
         torch.testing.assert_close(block_of(news).payload, lesson.block.payload, atol=2e-5, rtol=1e-4)
         ref = stored(block_of(news), tmp_path / "blobs")
         assert client.ask(prompt, ref, max_tokens=30) == greedy(lesson.taught, prompt, 30)
@@ -324,9 +400,11 @@ def test_a_job_trains_the_same_while_the_base_serves_and_its_adapter_is_live_at_
 def test_a_job_that_diverges_does_not_disturb_the_others(lesson: Lesson, tmp_path: Path) -> None:
     news: list[News] = []
     with serving(lesson.base, tmp_path) as client:
+        trainer = CoTrainer(lesson.base, client.engine.wake)
+        client.engine.set_idle_work(trainer)
         plan = make_plan(learning_rate_multiplier=1e35)
-        client.engine.set_idle_work(Trainer(lesson.base, make_examples(), plan, 30, news.append))
-        for _ in range(100):
+        trainer.add(Run(lesson.base, plan, data_of(make_items()), None, news.append))
+        for _ in range(1000):
             client.ask(prompt_of(5))
             if news and isinstance(news[-1], HubError):
                 break
@@ -335,11 +413,19 @@ def test_a_job_that_diverges_does_not_disturb_the_others(lesson: Lesson, tmp_pat
         assert client.ask(prompt_of(5)) == greedy(tiny_model("llama"), prompt_of(5), 8)
 
 
-def test_the_first_steps_warm_up_and_the_rest_fall() -> None:
-    """A tenth of the steps rises in a line to the full rate, the others fall in a line to a tenth of it."""
-    trainer = Trainer(serving_twin(tiny_model("llama")), make_examples(), make_plan(max_steps=40), 1, lambda _: None)
-    rates = [trainer._learning_rate(step) for step in range(41)]
+# -- the course of the learning rate
+
+
+@pytest.mark.parametrize(
+    ("schedule", "middle", "end"), [("linear", 0.55, 0.1), ("cosine", 0.55, 0.1), ("constant", 1, 1)]
+)
+def test_the_first_tenth_of_the_steps_warms_up_and_the_rest_follows_the_schedule(
+    schedule: str, middle: float, end: float
+) -> None:
+    plan = make_plan(schedule=Schedule(schedule), learning_rate=0.5, learning_rate_multiplier=2.0)
+    rates = [plan.learning_rate_at(step, 40) for step in range(41)]
     assert rates[:4] == [0.25, 0.5, 0.75, 1.0]
     assert rates[4] == 1.0
-    assert math.isclose(rates[40], 0.1)
-    assert all(later < sooner for sooner, later in pairwise(rates[4:]))
+    assert math.isclose(rates[22], middle)
+    assert math.isclose(rates[40], end)
+    assert all(later <= sooner for sooner, later in pairwise(rates[4:]))

@@ -43,6 +43,13 @@ class Adapter(Protocol):
     def factors(self) -> Mapping[str, Factors]: ...
 
 
+class TrainedAdapter(Adapter, Protocol):
+    """The parameters of a training job, with where the gradient of each factor is added up."""
+
+    @property
+    def gradients(self) -> Mapping[str, Factors]: ...
+
+
 class KeyValues(Protocol):
     """What attention needs of a KV cache."""
 
@@ -82,6 +89,7 @@ class Batch:
     kv: KeyValues | None = None
     slots: torch.Tensor | None = None  # [T] where each token's key and value go in the KV cache
     pool: torch.Tensor | None = None  # where the segments' adapters lie; None where they are a job's parameters
+    anchor: torch.Tensor | None = None  # in a training forward: a leaf that makes autograd record from the first layer
     _decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @cached_property

@@ -43,15 +43,15 @@ class MultiplexedLinear(nn.Module):
             del self.weight
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        rows = x.reshape(-1, self.in_features)
         if self.quantized is not None:
-            y = quantized_product(x, self.quantized, self.bias)
+            y = quantized_product(rows, self.quantized, self.bias)
         else:
-            y = nn.functional.linear(x, self.weight, self.bias)
+            y = nn.functional.linear(rows, self.weight, self.bias)
         batch = self.slot.batch
-        if batch is None or not batch.segments:
-            return y
-        flat, rows = y.view(-1, self.out_features), x.reshape(-1, self.in_features)
-        return add_lora(flat, rows, batch, self.target, self.number).view(y.shape)
+        if batch is not None and batch.segments:
+            y = add_lora(y, rows, batch, self.target, self.number)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def take_over_attention(model: PreTrainedModel) -> Slot:

@@ -1,37 +1,89 @@
 """The LoRA op: `y[t] += (x[t] @ A_s.T) @ B_s` for every token t of a segment with adapter s.
 
-`add_lora` picks the backend: native code for bf16 on a CPU, else plain torch, a loop over segments that runs on any
-device and under autograd, and is the oracle for every other backend.
+`add_lora` picks the backend: native code for bf16 on a CPU; while training, a forward whose backward adds to each job's
+own gradient; else plain torch, a loop over segments that runs on any device and is the oracle for every other backend.
 """
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple, cast
+
 import torch
 
-from adapterhub.base.batch import Batch
+from adapterhub.base.batch import Batch, TrainedAdapter
 from adapterhub.base.native import ops
+from adapterhub.swap.layout import Factors
 
 
 def add_lora(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str, number: int) -> torch.Tensor:
-    """Returns `y` [T, n_out] with the segments' deltas added for the linear `target`, the base's number `number`; x is
-    [T, n_in]. In place where autograd does not record."""
+    """Adds to `y` [T, n_out], in place, the segments' deltas for the linear `target`, the base's number `number`; x is
+    [T, n_in]. Returns y."""
     if batch.pool is not None and ops.usable(x):
         return y.add_(ops.lora(x, y.shape[1], batch, number))
+    if batch.anchor is not None:
+        return _train_lora(y, x, batch, target)
     return add_lora_torch(y, x, batch, target)
 
 
 def add_lora_torch(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) -> torch.Tensor:
-    """`add_lora` in plain torch. Factors of another dtype (a training job's fp32) are cast to x's."""
+    """`add_lora` in plain torch, without a backward."""
     for segment in batch.segments:
         factors = segment.adapter.factors.get(target)
-        if factors is None:
-            continue
-        rows = slice(segment.start, segment.end)
-        a, b = factors.a.to(x.dtype), factors.b.to(x.dtype)
-        if torch.is_grad_enabled():
-            whole = segment.start == 0 and segment.end == len(x)
-            delta = (x[rows] @ a.T) @ b
-            y = y + delta if whole else y.index_add(0, torch.arange(segment.start, segment.end, device=y.device), delta)
-        else:
-            y[rows].addmm_(x[rows] @ a.T, b)
+        if factors is not None:
+            rows = slice(segment.start, segment.end)
+            if torch.is_grad_enabled():
+                index = torch.arange(segment.start, segment.end, device=y.device)
+                y = y.index_add(0, index, (x[rows] @ factors.a.to(x.dtype).T) @ factors.b.to(x.dtype))
+                continue
+            y[rows].addmm_(x[rows] @ factors.a.T, factors.b)
     return y
+
+
+class _Learner(NamedTuple):
+    """One job's rows in a training forward, its factors of one linear, and where their gradients are added up."""
+
+    rows: slice
+    factors: Factors
+    gradients: Factors
+
+
+def _train_lora(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) -> torch.Tensor:
+    learners = []
+    for segment in batch.segments:
+        factors = segment.adapter.factors.get(target)
+        if factors is not None:
+            trained = cast(TrainedAdapter, segment.adapter)
+            learners.append(_Learner(slice(segment.start, segment.end), factors, trained.gradients[target]))
+    return _TrainedLora.apply(y, x, batch.anchor, learners) if learners else y
+
+
+class _TrainedLora(torch.autograd.Function):
+    """Autograd sees the tokens alone. What it would do for the parameters of every job, a few small tensors for each
+    linear, is one addition to the job's fp32 gradient here."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, learners: list[_Learner]
+    ) -> torch.Tensor:
+        downs = []
+        for rows, factors, _ in learners:
+            down = x[rows] @ factors.a.T
+            y[rows].addmm_(down, factors.b)
+            downs.append(down)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, *downs)
+        ctx.learners = learners
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+        x, *downs = ctx.saved_tensors
+        gx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        for (rows, factors, gradients), down in zip(ctx.learners, downs, strict=True):
+            up = gy[rows]
+            middle = up @ factors.b.T
+            gradients.b.add_(down.T @ up)
+            gradients.a.add_(middle.T @ x[rows])
+            if gx is not None:
+                torch.mm(middle, factors.a, out=gx[rows])
+        return gy, gx, None, None

@@ -61,7 +61,7 @@ class Checkpoint:
 
     step: int
     block: Block
-    metrics: Mapping[str, float]  # OpenAI's names: step, train_loss, ..., full_valid_loss, full_valid_mean_token_accuracy
+    metrics: Mapping[str, float]  # by OpenAI's names: step, train_loss, full_valid_loss, ..
 
 
 @dataclass(frozen=True)
