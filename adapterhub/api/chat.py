@@ -90,7 +90,7 @@ async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Reques
     prompt = await asyncio.to_thread(hub.codec.chat, messages)
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
     plan = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)
-    generation = Generation(hub, caller.owner, model, [prompt], body, plan)
+    generation = Generation(hub, caller, model, [prompt], body, plan)
     return await respond(request, body, generation, _form(hub.codec))
 
 

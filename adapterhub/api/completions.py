@@ -38,7 +38,7 @@ async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: 
     plan = body.sampling(body.max_tokens or _DEFAULT_TOKENS, body.logprobs)
     for prompt in prompts:
         hub.engine.check_length(len(prompt), plan.max_tokens, "prompt")
-    generation = Generation(hub, caller.owner, model, prompts, body, plan)
+    generation = Generation(hub, caller, model, prompts, body, plan)
     return await respond(request, body, generation, _form(hub.codec))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
 from dataclasses import dataclass, replace
@@ -11,12 +12,13 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 from fastapi import Request
 from pydantic import BaseModel, Field
 
+from adapterhub.api.auth import Principal
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
-from adapterhub.api.models import Model
+from adapterhub.api.models import Model, choose_model
 from adapterhub.base.request import Origin, Sampling, Token
 from adapterhub.base.request import Request as EngineRequest
-from adapterhub.errors import BadRequest
+from adapterhub.errors import BadRequest, BlockDamaged
 
 Result = TypeVar("Result")
 MAX_STOPS = 4
@@ -141,25 +143,42 @@ class Generation:
     """
 
     def __init__(
-        self, hub: Hub, owner: str, model: Model, prompts: list[list[int]], request: GenerationRequest, plan: Sampling
+        self,
+        hub: Hub,
+        caller: Principal,
+        model: Model,
+        prompts: list[list[int]],
+        request: GenerationRequest,
+        plan: Sampling,
     ) -> None:
         self.id = secrets.token_hex(12)
         self.model = model
-        self.origin: Origin | None = None
         self.prompt_tokens = sum(map(len, prompts))
+        self._hub, self._caller, self._user, self._stops = hub, caller, request.user, request.stops
+        self._prompts, self._plan, self._each = prompts, plan, request.n or 1
+        self.choices = len(prompts) * self._each
+        self.origin: Origin | None = None
         self.completion_tokens = 0
-        self._hub, self._owner, self._stops = hub, owner, request.stops
-        self._adapter = model.version.ref if model.version else None
-        each = request.n or 1
-        self.choices = len(prompts) * each
         self._answers: list[AsyncGenerator[Piece]] = []
-        for index in range(self.choices):
-            seed = None if plan.seed is None else plan.seed + index % each
-            self._answers.append(self._answer(index, prompts[index // each], replace(plan, seed=seed)))
         self._first: list[Piece] = []
         self._next: dict[asyncio.Future[Piece], int] = {}  # what is awaited of which answer
 
     async def started(self) -> bool:
+        for attempt in itertools.count():
+            try:
+                await self._start(attempt)
+                break
+            except BlockDamaged:
+                version = self.model.version
+                if version is None or self._hub.registry.resolve(version.owner, version.model) is not None:
+                    raise
+                # it was deleted while the request waited for it: the name means another one now, or is unknown
+                self.model = choose_model(self._hub, self._caller, self.model.name, self._user)
+        return True
+
+    async def _start(self, attempt: int) -> None:
+        self.origin, self.completion_tokens = None, 0
+        self._answers = [self._answer(index, f"{self.id}-{attempt}-{index}") for index in range(self.choices)]
         try:
             for index in range(len(self._answers)):
                 self._await(index)
@@ -168,7 +187,6 @@ class Generation:
         except BaseException:
             await self.close()
             raise
-        return True
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Everything from the first pieces on, of all answers as they come."""
@@ -205,6 +223,7 @@ class Generation:
         for task in self._next:  # first, since an answer that is awaited cannot be closed
             task.cancel()
         await asyncio.gather(*self._next, return_exceptions=True)
+        self._next.clear()
         for answer in self._answers:
             await answer.aclose()
 
@@ -230,10 +249,13 @@ class Generation:
     def _await(self, index: int) -> None:
         self._next[asyncio.ensure_future(anext(self._answers[index]))] = index
 
-    async def _answer(self, index: int, prompt: list[int], sampling: Sampling) -> AsyncGenerator[Piece]:
+    async def _answer(self, index: int, identity: str) -> AsyncGenerator[Piece]:
+        prompt, plan, version = self._prompts[index // self._each], self._plan, self.model.version
+        sampling = replace(plan, seed=None if plan.seed is None else plan.seed + index % self._each)
+        adapter = version.ref if version else None
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
         held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
-        request = EngineRequest(f"{self.id}-{index}", prompt, sampling, self._adapter, self._owner)
+        request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner)
         outputs = self._hub.run(request)
         try:
             async for output in outputs:

@@ -39,22 +39,26 @@ class Form:
 
 async def respond(request: Request, body: GenerationRequest, generation: Generation, form: Form) -> Response:
     """Answers `body`; stops the generation when the client goes away."""
-    head = {
-        "id": f"{form.prefix}-{generation.id}",
-        "created": now(),
-        "model": generation.model.name,
-        "system_fingerprint": generation.model.system_fingerprint,
-    }
+    created = now()
+
+    def head(kind: str) -> Json:
+        return {
+            "id": f"{form.prefix}-{generation.id}",
+            "object": kind,
+            "created": created,
+            "model": generation.model.name,
+            "system_fingerprint": generation.model.system_fingerprint,
+        }
+
     if not body.stream:
         answers = await while_connected(request, generation.whole())
         if answers is None:
             return Response(status_code=CLIENT_GONE)
-        whole = {"object": form.whole_object, "choices": list(map(form.whole, answers)), "usage": generation.usage}
-        return JSONResponse(head | whole, headers=generation.headers)
+        whole = {"choices": list(map(form.whole, answers)), "usage": generation.usage}
+        return JSONResponse(head(form.whole_object) | whole, headers=generation.headers)
     if await while_connected(request, generation.started()) is None:
         return Response(status_code=CLIENT_GONE)
-    head["object"] = form.chunk_object
-    events = _events(generation, head, form, body.wants_usage)
+    events = _events(generation, head(form.chunk_object), form, body.wants_usage)
     return StreamingResponse(events, media_type="text/event-stream", headers=generation.headers)
 
 

@@ -56,7 +56,7 @@ def index(
     return {**page(shown["versions"], after, limit), "history": history}
 
 
-@router.post("/{adapter_id}/versions/{version}/promote")
+@router.post("/{adapter_id}/versions/{version:path}/promote")
 def promote(hub: TheHub, whose: Whose, adapter_id: str, version: str) -> dict[str, Any]:
     """Makes a version current, by its number, id or name, or the newest "candidate"."""
     hub.registry.promote(whose, adapter_id, version)

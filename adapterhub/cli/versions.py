@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated, Any
 from urllib.parse import quote
 
@@ -9,7 +10,7 @@ import typer
 
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, console, print_json, show
 from adapterhub.cli.find import Which, find
-from adapterhub.cli.formats import ago
+from adapterhub.cli.formats import duration
 from adapterhub.config import format_bytes
 from adapterhub.errors import HubError
 
@@ -32,7 +33,8 @@ def list_versions(which: Which, as_json: Json = False, url: Url = DEFAULT_URL, k
         numbers = {version["id"]: str(version["number"]) for version in found}
         current, *before = [numbers.get(was["version"], was["version"]) for was in history]  # less if deleted just now
         back = f"; a rollback goes to {', then '.join(before[:_SHOWN])}" if before else ""
-        console.print(f"{adapter['model']} is version {current}, since {ago(history[0]['since'])}{back}.")
+        since = duration(max(0.0, time.time() - history[0]["since"]))
+        console.print(f"{adapter['model']} has been version {current} for {since}{back}.")
 
 
 def show_versions(found: list[dict[str, Any]]) -> None:
