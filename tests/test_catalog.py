@@ -15,6 +15,7 @@ from adapterhub.swap.catalog import Catalog, Filter, Order
 from adapterhub.swap.database import Database
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.registry import Registry
+from adapterhub.swap.versions import Kind
 
 COUNT = 200
 
@@ -48,19 +49,25 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shelf]:
                 "id": f"adapter-{draw.randbytes(4).hex()}",
                 "owner": f"owner-{i % 7}",
                 "name": f"{draw.choice(('Chat', 'style', '50%_a'))}-{i}",
-                "nbytes": draw.choice((100, 200, 300)),
+                "nbytes": draw.choice((0, 100, 200, 300)),  # 0: it has no release yet
                 "created_at": draw.choice((10, 20)),
                 "pinned": draw.choice((None, None, "owner", "admin")),
             }
         )
     with database.transaction() as db:
         for row in rows:
-            more = {"current": f"{row['id']}-2"}
+            more = {"current": f"{row['id']}-2" if row["nbytes"] else None}
             db.table("adapters").insert({**{k: v for k, v in row.items() if k != "nbytes"}, **more})
             for number in (1, 2):
                 version = {"id": f"{row['id']}-{number}", "adapter": row["id"], "number": number, "digest": row["id"]}
                 kept = {"nbytes": row["nbytes"] if number == 2 else 1, "created_at": row["created_at"]}
-                fixed = {"rank": 4, "fingerprint": "f", "base": "tiny", "origin": "import"}
+                fixed = {
+                    "kind": "release" if row["nbytes"] else "candidate",
+                    "rank": 4,
+                    "fingerprint": "f",
+                    "base": "tiny",
+                    "origin": "import",
+                }
                 db.table("versions").insert({**version, **kept, **fixed})
     yield Shelf(Catalog(database, registry), rows)
     database.close()
@@ -92,7 +99,8 @@ def test_pages_one_after_the_other_are_the_whole_list_in_order(
         page = shelf.catalog.page(which, order, descending=descending, after=after, limit=9)
         assert page.total == len(expected)
         for versions in page.adapters:
-            assert [(v.number, v.current) for v in versions] == [(2, True), (1, False)]
+            released = versions[0].kind is Kind.RELEASE
+            assert [(v.number, v.current) for v in versions] == [(2, released), (1, False)]
             seen.append(versions[0].adapter)
         assert page.has_more is (len(seen) < len(expected))
         if not page.has_more:
