@@ -124,7 +124,7 @@ class _Gathered:
     source: Source
     records: int = 0
     lines: array[int] = field(default_factory=lambda: array("i"))
-    digests: bytes = b""
+    digests: bytearray = field(default_factory=bytearray)
     cut: array[int] = field(default_factory=lambda: array("i"))
     empty: array[int] = field(default_factory=lambda: array("i"))
     same: array[int] = field(default_factory=lambda: array("i"))
@@ -158,7 +158,6 @@ class _Reader:
     def gather(self, writer: Writer, source: Source) -> _Gathered:
         """Writes every item of the file that has something to learn, duplicates too."""
         found = _Gathered(source)
-        digests = bytearray()
         last = 0
         for items in tokenize(read_records(source, writer.kind), self.codec, self.context):
             self.on_line()
@@ -174,8 +173,7 @@ class _Reader:
                 else:
                     writer.add(item.examples)
                     found.lines.append(item.line)
-                    digests += _digest(item.examples)
-        found.digests = bytes(digests)
+                    found.digests += _digest(item.examples)
         return found
 
 
@@ -188,7 +186,7 @@ def _digest(examples: tuple[Example, ...]) -> bytes:
     return digest.digest()
 
 
-def _repeated(digests: bytes) -> np.ndarray:
+def _repeated(digests: bytearray) -> np.ndarray:
     """bool [items]: which of them are the same as one before."""
     halves = np.frombuffer(digests, np.uint64).reshape(-1, 2)
     order = np.lexsort((halves[:, 0], halves[:, 1]))  # stable: the first of those that are the same comes first

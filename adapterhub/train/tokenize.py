@@ -74,13 +74,15 @@ def _encoded(drafts: list[tuple[int, list[_Side]]], codec: TextCodec, context: i
         texts = list(dict.fromkeys(p.text for p in pieces if p.begins is begins))
         tokens.update(zip(((t, begins) for t in texts), codec.encode_all(texts, special=begins), strict=True))
 
+    end = codec.end
+
     def example(side: _Side) -> Example:
         ids: list[int] = []
         learned: list[bool] = []
         for piece in side:
             ids += tokens[piece.text, piece.begins]
             if piece.ends:
-                ids += codec.end
+                ids += end
             learned += [piece.learned] * (len(ids) - len(learned))
         return Example(np.array(ids, np.int32), np.array(learned, np.bool_))
 
