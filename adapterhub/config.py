@@ -64,8 +64,8 @@ class Config:
 
     max_batch: int = 32  # sequences that run at once
     max_step_tokens: int = 256  # tokens of one forward: decode rows first, prompt chunks with what is left
-    train_micro_tokens: int = 256  # tokens of one training micro-step; bounds how long a new request waits for it
-    serve_share: float = 0.7  # of the device's time while both requests and a training job want it
+    train_micro_tokens: int = 1024  # most tokens of one training micro-step: bounds its memory; its time is measured
+    train_latency_slo: float = 1.3  # token latency's 95th percentile while training, over what it is without
     train_jobs: int = 8  # that train at once
     owner_jobs: int = 4  # of them, those of one owner
     owner_queue: int = 32  # of one owner that have not ended, paused ones included

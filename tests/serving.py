@@ -206,7 +206,7 @@ class Server:
     def evict(self, adapter: str) -> None:
         self.admin.http.post(f"/admin/adapters/{adapter}/evict").raise_for_status()
 
-    def engine_stats(self) -> dict[str, int]:
+    def engine_stats(self) -> dict[str, Any]:
         return self.admin.http.get("/admin/tiers").raise_for_status().json()["engine"]
 
     def close(self) -> None:
@@ -341,7 +341,7 @@ class Process:
         self._users.append(User(self.url, owner, key))
         return self._users[-1]
 
-    def engine_stats(self) -> dict[str, int]:
+    def engine_stats(self) -> dict[str, Any]:
         headers = {"Authorization": f"Bearer {(self.data_dir / 'admin.key').read_text().strip()}"}
         answer = httpx.get(f"{self.url}/admin/tiers", headers=headers, timeout=SECONDS)
         return answer.raise_for_status().json()["engine"]

@@ -325,7 +325,7 @@ def test_answers_that_find_no_place_take_those_that_did_with_them(base_directory
     """While the engine is busy with something else, so that it is known how many wait."""
     with running(small_config(base_directory, tmp_path, max_batch=1, max_waiting=3)) as server:
         engine, user, busy = server.hub.engine, server.user(), threading.Event()
-        engine._ask(busy.wait)
+        engine._inbox.ask(busy.wait)
         stream: list[Any] = []
         waiting = threading.Thread(target=lambda: stream.extend(chat(user, n=2, stream=True, max_tokens=3)))
         waiting.start()

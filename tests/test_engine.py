@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import shutil
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -695,15 +696,23 @@ def test_a_request_over_its_deadline_ends_even_when_nothing_happens(town: Town, 
 
 
 class Counting:
-    """Idle work of so many pieces; the first may fail."""
+    """Idle work of so many pieces; the first may fail. `look` is asked at the beginning of each."""
 
-    def __init__(self, pieces: int, *, fails: bool = False) -> None:
-        self.left, self.fails = pieces, fails
+    def __init__(self, pieces: int, *, fails: bool = False, look: Callable[[], Any] = lambda: None) -> None:
+        self.left, self.fails, self.look = pieces, fails, look
         self.threads: set[str] = set()
+        self.seen: set[Any] = set()
+        self.asked: set[int] = set()  # tokens
         self.over = threading.Event()
+
+    @property
+    def running(self) -> int:
+        return int(self.left > 0)
 
     def step(self, tokens: int) -> int:
         self.threads.add(threading.current_thread().name)
+        self.seen.add(self.look())
+        self.asked.add(tokens)
         if self.fails:
             self.fails = False
             raise ValueError("it broke")
@@ -730,19 +739,62 @@ def test_idle_work_runs_when_nobody_asks_and_ends(town: Town) -> None:
 
 
 def test_idle_work_and_serving_go_on_together(town: Town) -> None:
-    with serving(town.base, town.directory, serve_share=0.5) as client:
-        work = Counting(10**9)
+    prompt = prompt_of(10)
+    with serving(town.base, town.directory) as client:
+        work = Counting(10**9, look=lambda: bool(client.engine._scheduler.running))
+        client.engine.set_idle_work(work)
+        for user in itertools.cycle(range(USERS)):
+            answer = client.ask(prompt, town.refs[user], max_tokens=100)
+            assert answer == greedy(town.oracles[user], prompt, 100)
+            if True in work.seen:
+                break
+        client.check_integrity()
+        work.left = 0
+
+
+def test_idle_work_waits_while_somebody_waits_for_a_first_token(town: Town) -> None:
+    with serving(town.base, town.directory, max_step_tokens=4, max_batch=4) as client:
+
+        def first() -> bool:
+            scheduler = client.engine._scheduler
+            return scheduler.num_waiting > 0 or any(s.produced == 0 for s in scheduler.running)
+
+        work = Counting(10**9, look=first)
         client.engine.set_idle_work(work)
         names = [client.submit(str(user), prompt_of(30, user), ref) for user, ref in enumerate(town.refs)]
-        before = work.left
         for user, name in enumerate(names):
             assert client.tokens(name) == greedy(town.oracles[user], prompt_of(30, user), 8)
-        client.submit("long", prompt_of(10), max_tokens=40)
-        client.wait_for("long", 1)
-        begun = work.left
-        client.tokens("long")
-        assert work.left < begun < before
-        client.check_integrity()
+        assert work.seen == {False}
+
+
+def test_pieces_of_idle_work_grow_with_what_they_turn_out_to_cost(town: Town) -> None:
+    with serving(town.base, town.directory, train_micro_tokens=500) as client:
+        work = Counting(20)
+        client.engine.set_idle_work(work)
+        assert work.over.wait(20)
+        assert work.asked == {64, 128, 256, 500}
+
+
+def test_what_training_gets_is_told(town: Town) -> None:
+    with serving(town.base, town.directory) as client:
+        idle = client.engine.stats().result(5)["engine"]["training"]
+        assert idle == {
+            "runs": 0,
+            "share": 0.0,
+            "tokens_per_second": 0.0,
+            "latency_slo": 1.3,
+            "p95_ms": None,
+            "idle_p95_ms": None,
+        }
+        work = Counting(10)
+        client.engine.set_idle_work(work)
+        client.ask(prompt_of(3))
+        assert work.over.wait(20)
+        told = client.engine.stats().result(5)["engine"]["training"]
+        assert told["runs"] == 0
+        assert 0 < told["share"] < 1
+        assert told["tokens_per_second"] > 0
+        assert 0 < told["idle_p95_ms"] <= told["p95_ms"]
 
 
 def test_idle_work_that_has_nothing_to_do_is_asked_again_when_it_is_woken(town: Town) -> None:

@@ -201,7 +201,7 @@ def test_a_running_job_can_be_cancelled_and_the_next_one_runs(server: Server, us
     job = user.openai.fine_tuning.jobs.retrieve(busy)
     assert (job.status, job.fine_tuned_model) == ("cancelled", None)
     assert [m.id for m in user.openai.models.list() if "busy" in m.id] == []
-    eventually(lambda: server.engine_stats()["training"] == 0)
+    eventually(lambda: server.engine_stats()["training"]["runs"] == 0)
     said = messages(user, busy)
     assert said[-1] == "The job was cancelled", "and nothing more"
 
@@ -220,7 +220,7 @@ def test_jobs_that_are_cancelled_at_any_moment_never_stop_the_next(server: Serve
     user.job(user.train(chat_lines(), suffix="last", n_epochs=1), "succeeded")
     ended = [jobs.retrieve(job) for job in made]
     assert {j.status for j in ended} <= {"cancelled", "succeeded"}
-    eventually(lambda: server.engine_stats()["training"] == 0)
+    eventually(lambda: server.engine_stats()["training"]["runs"] == 0)
     published = {m.id for m in user.openai.models.list() if m.id.startswith("ft:") and ":last:" not in m.id}
     assert published == {j.fine_tuned_model for j in ended if j.status == "succeeded"}
 
@@ -303,7 +303,7 @@ def test_a_full_disk_fails_what_runs_and_nothing_after_there_is_room_again(
         user.job(job, "running")
         file = user.upload(chat_lines())
         allow(1)  # no less than what it has
-        eventually(lambda: server.engine_stats()["training"] == 0, seconds=15)
+        eventually(lambda: server.engine_stats()["training"]["runs"] == 0, seconds=15)
         large = {"model": BASE, "training_file": file, "metadata": {str(i): "x" * 512 for i in range(16)}}
         answer = eventually(lambda: (a := user.http.post("/v1/fine_tuning/jobs", json=large)).is_error and a)
         assert answer.status_code == 507

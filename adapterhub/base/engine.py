@@ -6,7 +6,6 @@ Other threads reach it through its inbox; what comes back is handed to `on_outpu
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import threading
 import time
@@ -14,25 +13,24 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from itertools import islice
-from queue import Empty, SimpleQueue
-from typing import Any, NamedTuple, TypeVar
+from typing import Any
 
-import torch
-
-from adapterhub.base.idle import IdleWork
+from adapterhub.base.budgets import Budgets
+from adapterhub.base.idle import IdleWork, SpareTime
+from adapterhub.base.inbox import Inbox, shutting_down
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base
 from adapterhub.base.request import Finish, Origin, Output, Request, Token
 from adapterhub.base.runner import Runner
 from adapterhub.base.scheduler import Scheduler, Sequence
-from adapterhub.config import MIB, Config
+from adapterhub.base.share import Share
+from adapterhub.config import Config
 from adapterhub.errors import (
     ContextLengthExceeded,
     DeadlineExceeded,
     HubError,
     ServerFault,
     TooManyRequests,
-    Unavailable,
 )
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.policies import Rules
@@ -45,8 +43,6 @@ log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
 _AHEAD = 3  # times the largest batch: how far into the queue adapters are read ahead
 _HINTS = 256  # the oldest are forgotten
-_PAUSE_SECONDS = 1.0  # of idle work that failed
-Result = TypeVar("Result")
 
 
 class Engine:
@@ -67,9 +63,7 @@ class Engine:
         self.base = base
         self._on_output = on_output
         self._on_use = on_use
-        self._serve_share = config.serve_share
-        self._train_tokens = config.train_micro_tokens
-        self.budgets = _budgets(base, config)
+        self.budgets = Budgets.of(config, base.device)
         self.kv = KVCache(base.kv_shapes, self.budgets.kv, base.dtype, base.device)
         self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
         self.tiers = Tiers(
@@ -83,16 +77,12 @@ class Engine:
             rules=rules,
         )
         self._runner = Runner(base, self.kv, self.tiers.pool)
-        self._train_threads = self._torch_threads = torch.get_num_threads()
         # the native step has threads of its own; torch's would keep the cores busy for the little that is left
-        self._serve_threads = 1 if self._runner.native else self._train_threads
+        threads = 1 if self._runner.native else None
+        self._spare = SpareTime(Share(config.train_latency_slo, config.train_micro_tokens), threads)
         self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
-        self._inbox: SimpleQueue[Callable[[], None]] = SimpleQueue()
-        self._idle_work: IdleWork | None = None
-        self._work_left = False  # it has something to do, as far as is known
-        self._work_paused = 0.0  # until then, after it failed
+        self._inbox = Inbox()
         self._hints: deque[AdapterRef] = deque(maxlen=_HINTS)  # what somebody may ask for soon
-        self._served = self._trained = 0.0  # seconds, since both sides last wanted the device
         self._steps = self._tokens = 0
         self._live = 0  # requests that have not ended
         self._max_live = config.max_batch + config.max_waiting
@@ -100,9 +90,7 @@ class Engine:
         self._sweep_seconds = min(_SWEEP_SECONDS, config.request_seconds)
         self._next_sweep = 0.0
         self._stopping = False
-        # guards `_live` and `_ended`: what is asked before the end is answered, what comes after is refused
-        self._ending = threading.Lock()
-        self._ended = False
+        self._counting = threading.Lock()  # guards `_live`
         self._thread = threading.Thread(target=self._loop, name="adapterhub-engine", daemon=True)
 
     # -- for any thread
@@ -129,11 +117,11 @@ class Engine:
         """Queues a request. Raises ContextLengthExceeded when it could never be answered whole, TooManyRequests when
         the queue is full, and Unavailable when the engine has stopped."""
         self.check_length(len(request.prompt), request.sampling.max_tokens)
-        with self._ending:
-            if self._live >= self._max_live and not self._ended:
+        with self._counting:
+            if self._live >= self._max_live and not self._inbox.ended:
                 raise TooManyRequests(f"{self._live} requests are waiting or running. Try again in a second.")
             self._live += 1
-        self._post(lambda: self._scheduler.add(Sequence.of(request)))
+        self._inbox.post(lambda: self._scheduler.add(Sequence.of(request)))
 
     def check_length(self, prompt: int, max_tokens: int, param: str | None = None) -> None:
         """Raises ContextLengthExceeded, for the request's field `param`, when the two together do not fit."""
@@ -150,27 +138,19 @@ class Engine:
 
     def set_idle_work(self, work: IdleWork) -> None:
         """The engine's spare time is `work`'s from now on."""
-
-        def take() -> None:
-            self._idle_work, self._work_left = work, True
-
-        self._inbox.put(take)
+        self._inbox.put(lambda: self._spare.take(work))
 
     def wake(self) -> None:
         """The idle work has something to do again."""
-
-        def note() -> None:
-            self._work_left = self._idle_work is not None
-
-        self._inbox.put(note)
+        self._inbox.put(self._spare.wake)
 
     def evict(self, digest: str, tier: Tier | None = None) -> Future[bool]:
         """Takes a block off the device, out of RAM, or both; False when it must wait for the requests that use it."""
-        return self._ask(lambda: self.tiers.evict(digest, tier))
+        return self._inbox.ask(lambda: self.tiers.evict(digest, tier))
 
     def pin(self, digest: str, pinned: bool) -> Future[None]:
         """Keeps a block in memory where it is now, or no longer. Those that are loaded later say so themselves."""
-        return self._ask(lambda: self.tiers.pin(digest, pinned))
+        return self._inbox.ask(lambda: self.tiers.pin(digest, pinned))
 
     def prefetch(self, adapter: AdapterRef) -> None:
         """A hint: the adapter is brought to the device when nothing else is to be read, if there is room without taking
@@ -197,22 +177,22 @@ class Engine:
             except HubError as error:
                 done.set_exception(error)
 
-        self._post(change)
+        self._inbox.post(change)
         return done
 
     def set_rules(self, rules: Rules) -> Future[None]:
         """For the device and RAM, at once; what they let go of, goes."""
-        return self._ask(lambda: self.tiers.set_rules(rules))
+        return self._inbox.ask(lambda: self.tiers.set_rules(rules))
 
     def plan(self, rules: Rules | None = None, device: int | None = None, ram: int | None = None) -> Future[Plan]:
         """What `set_rules` or `set_budgets` would evict now. Fails with BadRequest as they do."""
-        return self._ask(lambda: self.tiers.plan(rules, device, ram))
+        return self._inbox.ask(lambda: self.tiers.plan(rules, device, ram))
 
     def tiers_of(self, digests: list[str]) -> Future[list[Tier]]:
-        return self._ask(lambda: [self.tiers.tier_of(d) for d in digests])
+        return self._inbox.ask(lambda: [self.tiers.tier_of(d) for d in digests])
 
     def stats(self) -> Future[dict[str, Any]]:
-        return self._ask(self._stats)
+        return self._inbox.ask(self._stats)
 
     def check_integrity(self) -> Future[None]:
         """Fails with AssertionError if a KV block, a pin or an extent has leaked."""
@@ -221,7 +201,7 @@ class Engine:
             self._scheduler.check_integrity()
             self.tiers.check_integrity(sum(1 for s in self._scheduler.find(lambda s: s.hold is not None)))
 
-        return self._ask(check)
+        return self._inbox.ask(check)
 
     # -- the engine's thread
 
@@ -229,10 +209,8 @@ class Engine:
         busy = False
         while not self._stopping:
             busy = self._turn(wait=not busy)
-        with self._ending:
-            self._ended = True
-        self._drain()
-        self._fail(self._scheduler.find(lambda _: True), _shutting_down())
+        self._inbox.close()
+        self._fail(self._scheduler.find(lambda _: True), shutting_down())
 
     def _turn(self, wait: bool) -> bool:
         """One turn of the loop. False when there was nothing to do, which only something in the inbox can change, or a
@@ -240,30 +218,21 @@ class Engine:
         try:
             if wait:
                 self._sleep()
-            self._drain()
+            self._inbox.carry_out()
             self._sweep()
             self.tiers.poll()
             if self._pin_ahead():
                 self._prefetch()
-            return self._step() or self._train()
+            return self._train() or self._step()
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
             return True
 
     def _sleep(self) -> None:
         """Until something is in the inbox, or it is time to look at deadlines, or to try idle work again."""
-        with contextlib.suppress(Empty):
-            sweeps = self._live or self.tiers.has_ttl or self._work_left
-            self._inbox.get(timeout=self._sweep_seconds if sweeps else None)()
-
-    def _drain(self) -> None:
-        """Runs what others asked for."""
-        while True:
-            try:
-                action = self._inbox.get_nowait()
-            except Empty:
-                return
-            action()
+        sweeps = self._live or self.tiers.has_ttl or self._spare.wanted
+        self._inbox.wait(self._sweep_seconds if sweeps else None)
+        self._spare.slept()
 
     def _sweep(self) -> None:
         """Ends what is over its deadline, and lets go of adapters that were unused for too long."""
@@ -314,15 +283,23 @@ class Engine:
         while self._hints and self.tiers.readers_idle:
             self.tiers.prefetch(self._hints.popleft(), wanted.keys())
 
-    def _step(self) -> bool:
-        """One step of serving; False if there was nothing to do, or if it is the training job's turn."""
-        if self._training_is_due():
+    def _train(self) -> bool:
+        """A piece of training, if it may be now. Who waits for the store, which may never answer, does not wait for the
+        device."""
+        if not self._spare.wanted:
             return False
+        running = self._scheduler.running
+        first = any(s.produced == 0 for s in running) or any(
+            s.hold is None or not s.hold.away for s in self._scheduler.waiting()
+        )
+        return self._spare.train(running=bool(running), first=first)
+
+    def _step(self) -> bool:
+        """One step of serving; False if there was nothing to do."""
         work = self._scheduler.schedule()
         if not work:
             return False
-        started = time.perf_counter()
-        self._use_threads(self._serve_threads)
+        self._spare.begin_step()
         try:
             outcomes = self._runner.run(work)
         except Exception as error:  # the step's requests fail; the others, and the thread, go on
@@ -344,7 +321,7 @@ class Engine:
         self._end(ended)
         self._steps += 1
         self._tokens += len(outputs)
-        self._served += time.perf_counter() - started
+        self._spare.end_step(streams=any(o.token and o.origin is None for o in outputs))
         if outputs:
             self._on_output(outputs)
         return True
@@ -367,68 +344,19 @@ class Engine:
             version, digest, nbytes, owner, _ = adapter
             self._on_use(Use(time.time(), version, digest, owner, nbytes, origin.tier, origin.load_ms))
 
-    def _training_is_due(self) -> bool:
-        """While requests and a job both want the device, the job gets its share of the time."""
-        if not self._wants_to_train() or not self._scheduler.running:
-            self._served = self._trained = 0.0
-            return False
-        return self._trained * self._serve_share < self._served * (1 - self._serve_share)
-
-    def _wants_to_train(self) -> bool:
-        return self._work_left and time.monotonic() >= self._work_paused
-
-    def _train(self) -> bool:
-        """One piece of the idle work; False if there is none."""
-        if self._idle_work is None or not self._wants_to_train():
-            return False
-        started = time.perf_counter()
-        self._use_threads(self._train_threads)
-        try:
-            self._work_left = self._idle_work.step(self._train_tokens) > 0
-        except Exception:
-            log.exception("idle work failed; trying again in %g s", _PAUSE_SECONDS)
-            self._work_paused = time.monotonic() + _PAUSE_SECONDS
-        self._trained += time.perf_counter() - started
-        return True
-
-    def _use_threads(self, count: int) -> None:
-        """How many threads torch may use for what this thread calls."""
-        if count != self._torch_threads:
-            torch.set_num_threads(count)
-            self._torch_threads = count
-
     def _fail(self, sequences: list[Sequence], error: HubError) -> None:
         self._end(sequences)
         if sequences:
             self._on_output([Output(s.request.id, error=error) for s in sequences])
 
     def _end(self, sequences: list[Sequence]) -> None:
-        with self._ending:
+        with self._counting:
             self._live -= len(sequences)
         for sequence in sequences:
             self._scheduler.remove(sequence)
             if sequence.hold is not None:
                 self.tiers.release(sequence.hold)
                 sequence.hold = None
-
-    def _ask(self, question: Callable[[], Result]) -> Future[Result]:
-        future: Future[Result] = Future()
-
-        def answer() -> None:
-            try:
-                future.set_result(question())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._post(answer)
-        return future
-
-    def _post(self, action: Callable[[], None]) -> None:
-        """Has the engine's thread do something that somebody waits for. Raises Unavailable when it has ended."""
-        with self._ending:
-            if self._ended:
-                raise _shutting_down()
-            self._inbox.put(action)
 
     def _stats(self) -> dict[str, Any]:
         return {
@@ -441,27 +369,6 @@ class Engine:
                 "shared_tokens": self._scheduler.shared_tokens,
                 "steps": self._steps,
                 "tokens": self._tokens,
-                "training": int(self._work_left),
+                "training": self._spare.stats(),
             },
         }
-
-
-def _shutting_down() -> Unavailable:
-    return Unavailable("The server is shutting down; try again.")
-
-
-class Budgets(NamedTuple):
-    device: int
-    ram: int
-    kv: int
-
-
-def _budgets(base: Base, config: Config) -> Budgets:
-    """The sizes that were given, and for the others what suits the device."""
-    if base.device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(base.device)
-        chosen = Budgets(free // 4, 2048 * MIB, free // 2)
-    else:
-        chosen = Budgets(512 * MIB, 0, 256 * MIB)
-    given = (config.device_bytes, config.ram_bytes, config.kv_bytes)
-    return Budgets(*(c if g is None else g for c, g in zip(chosen, given, strict=True)))

@@ -1,12 +1,28 @@
-"""What the engine does between the steps of serving and when nobody asks."""
+"""Training beside serving, on the engine's thread: gives a work its pieces when `Share` allows, and measures both."""
 
 from __future__ import annotations
 
-from typing import Protocol
+import logging
+import time
+from collections import deque
+from typing import Any, NamedTuple, Protocol
+
+import torch
+
+from adapterhub.base.share import Share
+
+log = logging.getLogger(__name__)
+_PAUSE_SECONDS = 1.0  # of a work that failed
+_RECENT_SECONDS = 10.0  # of which is told what training had
 
 
 class IdleWork(Protocol):
     """Training, in pieces whose length the engine chooses. It deals with its own errors."""
+
+    @property
+    def running(self) -> int:
+        """How many runs are under way."""
+        ...
 
     def step(self, tokens: int) -> int:
         """One piece on the engine's thread, of about `tokens` tokens and no more where that can be.
@@ -14,3 +30,106 @@ class IdleWork(Protocol):
         Returns how many tokens it trained; 0 when there is nothing to do at the moment: it is asked again after
         `Engine.wake`."""
         ...
+
+
+class _Piece(NamedTuple):
+    end: float  # by `time.perf_counter`
+    seconds: float
+    tokens: int
+
+
+class SpareTime:
+    """What the engine has left between the steps of serving and when nobody asks."""
+
+    def __init__(self, share: Share, serving_threads: int | None) -> None:
+        """`serving_threads` are torch's within a step of serving; None: as many as in training."""
+        self._share = share
+        self._work: IdleWork | None = None
+        self._work_left = False  # as far as is known
+        self._paused_until = 0.0  # by `time.monotonic`
+        self._since = time.perf_counter()  # what comes next began then
+        self._recent: deque[_Piece] = deque()
+        self._training_threads = self._threads = torch.get_num_threads()
+        self._serving_threads = serving_threads or self._training_threads
+
+    def take(self, work: IdleWork) -> None:
+        """The spare time is `work`'s from now on."""
+        self._work, self._work_left = work, True
+
+    def wake(self) -> None:
+        """The work has something to do again."""
+        self._work_left = self._work is not None
+
+    @property
+    def wanted(self) -> bool:
+        """There is something to do, now or after a second."""
+        return self._work_left
+
+    def train(self, *, running: bool, first: bool) -> bool:
+        """A piece of the work, if there is something to do and it may be now; False if not. `running`: streams have
+        tokens to come; `first`: somebody waits for a first token."""
+        if self._work is None or not self._work_left or time.monotonic() < self._paused_until:
+            return False
+        tokens = self._share.next_tokens(running=running, first=first)
+        if not tokens:
+            return False
+        self._use_threads(self._training_threads)
+        started = time.perf_counter()
+        try:
+            done = self._work.step(tokens)
+            self._work_left = done > 0
+        except Exception:
+            log.exception("idle work failed; trying again in %g s", _PAUSE_SECONDS)
+            self._paused_until = time.monotonic() + _PAUSE_SECONDS
+            done = 0
+        self._since = time.perf_counter()
+        if done:
+            self._share.trained(self._since - started, done)
+            self._recent.append(_Piece(self._since, self._since - started, done))
+            self._forget(self._since)
+        return True
+
+    def begin_step(self) -> None:
+        """A step of serving is next."""
+        self._use_threads(self._serving_threads)
+
+    def end_step(self, *, streams: bool) -> None:
+        """It is over; `streams`: it made a token that follows another."""
+        self._share.served(self._lap(), streams=streams)
+
+    def slept(self) -> None:
+        """The engine waited for something to do, though there might have been training to do."""
+        seconds = self._lap()
+        if self._work_left:
+            self._share.waited(seconds)
+
+    def stats(self) -> dict[str, Any]:
+        """`share` and `tokens_per_second` are of the last ten seconds. The latencies are between two tokens of a
+        stream, as they were and as they would have been without training; None before there were any."""
+        self._forget(time.perf_counter())
+        return {
+            "runs": self._work.running if self._work else 0,
+            "share": round(min(1.0, sum(p.seconds for p in self._recent) / _RECENT_SECONDS), 3),
+            "tokens_per_second": round(sum(p.tokens for p in self._recent) / _RECENT_SECONDS, 1),
+            "latency_slo": self._share.slo,
+            "p95_ms": _milliseconds(self._share.p95),
+            "idle_p95_ms": _milliseconds(self._share.idle_p95),
+        }
+
+    def _lap(self) -> float:
+        """Seconds since the last step, piece or sleep ended."""
+        since, self._since = self._since, time.perf_counter()
+        return self._since - since
+
+    def _forget(self, now: float) -> None:
+        while self._recent and self._recent[0].end < now - _RECENT_SECONDS:
+            self._recent.popleft()
+
+    def _use_threads(self, count: int) -> None:
+        if count != self._threads:
+            torch.set_num_threads(count)
+            self._threads = count
+
+
+def _milliseconds(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds * 1e3, 2)

@@ -52,6 +52,9 @@ def serve(
     ] = None,
     kv_bytes: Annotated[str | None, typer.Option(help="Budget of the KV cache.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = Config.max_batch,
+    train_latency_slo: Annotated[
+        float, typer.Option(min=1, help="How much longer than without it tokens may take while jobs train: p95, times.")
+    ] = Config.train_latency_slo,
 ) -> None:
     """Serve a base and everybody's adapters over an OpenAI-compatible API."""
     options: dict[str, Any] = {
@@ -64,6 +67,7 @@ def serve(
         "dtype": dtype,
         "quantize": quantize,
         "max_batch": max_batch,
+        "train_latency_slo": train_latency_slo,
         "store": store,
         "device_bytes": _size(device_bytes),
         "ram_bytes": _size(ram_bytes),

@@ -89,11 +89,11 @@ def _rates(before: dict[str, Any], after: dict[str, Any], seconds: float) -> Rat
 def _view(seen: dict[str, Any], rates: Rates | None) -> Group:
     base, engine = seen["base"], seen["engine"]
     kv_used = 1 - engine["kv_blocks_free"] / engine["kv_blocks"]
-    jobs = "a job is training" if engine["training"] else "no job is training"
     lines = [
         f"[bold]{base['name']}[/bold] ({format_bytes(base['bytes'])}) on {base['device']}, "
         f"{seen['adapters_total']} adapters",
-        f"{engine['running']} running, {engine['waiting']} waiting, {jobs}, KV cache {percent(kv_used)} in use",
+        f"{engine['running']} running, {engine['waiting']} waiting, KV cache {percent(kv_used)} in use",
+        _training(engine["training"]),
     ]
     if rates is not None:
         lines.append(
@@ -112,3 +112,17 @@ def _view(seen: dict[str, Any], rates: Rates | None) -> Group:
     used = [a for a in adapters if a["last_used_at"] is not None]
     right = ("Size", "Hits", "Loads", "Last use")
     return Group(*lines, tiers_table(seen["tiers"]), table_of(used, columns, right=right))
+
+
+def _training(training: dict[str, Any]) -> str:
+    """What training gets of the device, and what that costs those who wait for tokens."""
+    if not training["runs"] and not training["share"]:
+        return "no job is training"
+    jobs = f"{training['runs']} job{'' if training['runs'] == 1 else 's'} training"
+    line = f"{jobs}: {percent(training['share'])} of the time, {training['tokens_per_second']:.0f} tokens/s"
+    if training["p95_ms"] is None:
+        return line
+    return (
+        f"{line}; token latency p95 {training['p95_ms']:.0f} ms, {training['idle_p95_ms']:.0f} ms without "
+        f"(allowed: {training['latency_slo']:g} times that)"
+    )

@@ -72,6 +72,10 @@ class Worker:
                     trainer.cancel()
                     news.put(None)
 
+    @property
+    def running(self) -> int:
+        return int(self._trainer is not None)
+
     def step(self, tokens: int) -> int:
         """A piece of the job that trains now, on the engine's thread."""
         running = self._trainer
