@@ -19,7 +19,7 @@ from safetensors.torch import save as save_safetensors
 from transformers import PreTrainedModel
 
 from adapterhub.config import MIB
-from adapterhub.train.data import MAX_LINE_BYTES
+from adapterhub.train.records import MAX_LINE_BYTES
 from tests.serving import (
     BASE,
     CONTEXT,

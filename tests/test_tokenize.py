@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from adapterhub.base.embedded import EMBEDDED, base_path
@@ -137,6 +138,21 @@ def test_a_completion_is_learned_with_the_end_of_the_text_and_its_prompt_is_not(
     example = first(read({"prompt": "Once upon", "completion": " a time"}))
     assert learned(tokenizer, example) == [" a time<|im_end|>"]
     assert codec.decode(example.tokens) == "Once upon a time"
+
+
+def test_a_completion_begins_with_what_the_base_begins_a_text_with(read: Read, tokenizer: Any) -> None:
+    changed = copy.deepcopy(tokenizer)
+    begin = tokenizer.convert_tokens_to_ids("<|endoftext|>")
+    changed.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", begin)]
+    )
+    codec = TextCodec(changed)
+    example = first(read({"prompt": "Once upon", "completion": " a time"}, codec=codec))
+    assert example.tokens[: example.learned.index(True)] == codec.encode("Once upon", special=True)
+    assert example.tokens.count(begin) == 1
+    assert example.tokens[0] == begin
+    twice = read({"prompt": "a", "completion": "a"}, chat(ASK, {**SAY, "content": "a"}), codec=codec)
+    assert [e.tokens.count(begin) for e in examples(twice)] == [1, 0], "a text that begins nothing has none"
 
 
 def test_an_empty_prompt_teaches_all_of_the_completion_but_its_first_token(read: Read) -> None:
