@@ -1,5 +1,5 @@
-"""Long runs of real code, to find what only time and chance bring out. `scripts/soak engine` ends with status 1 if it
-found anything.
+"""Long runs of real code, to find what only time and chance bring out. `scripts/soak engine` and `scripts/soak store`
+(see soak_store.py) end with status 1 if they found anything.
 
 engine: short requests over many adapters, of which the pool holds a tenth and RAM a fifth; a KV cache in which not all
 that run have room; several owners, shared beginnings, seeds, cancelled requests, evicted adapters, training in between.
@@ -24,6 +24,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from random_blocks import random_block
+from soak_store import soak_store
 
 from adapterhub.base.engine import Engine
 from adapterhub.base.model import Base
@@ -262,6 +263,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     engine.add_argument("--adapters", type=int, default=500)
     engine.add_argument("--seed", type=int, default=0)
     engine.set_defaults(run=soak_engine)
+    store = runs.add_parser("store", help="servers that are killed amid imports, deletions and evictions")
+    store.add_argument("--kills", type=int, default=100, help="of each of two servers")
+    store.add_argument("--seed", type=int, default=0)
+    store.set_defaults(run=soak_store)
     options = parser.parse_args(arguments)
     faults = options.run(options)
     for fault in faults[:20]:

@@ -22,6 +22,7 @@ ROUTES = [
     ("PATCH", "/admin/tiers"),
     ("GET", "/admin/policy"),
     ("PUT", "/admin/policy"),
+    ("PATCH", "/admin/policy"),
 ]
 KIB = 1024
 

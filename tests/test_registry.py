@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ class Place:
         self.store = store or (Store.open(url, server_id(self.database), data) if url else None)
         self.disk = DiskTier(data / "blobs", budget, self.store)
         self.registry = Registry(self.database, self.disk)
+        if self.store and not self.registry.objects.any():
+            self.store.create()
         self.removed = self.registry.clean_up()
         self.mirror = Mirror(self.database, self.registry.objects, self.disk, self.store) if self.store else None
 
@@ -293,3 +296,13 @@ def test_what_lies_in_a_store_alone_is_not_called_lost_when_no_store_is_given(tm
     assert (seen.faults, seen.unseen) == ([], {url: 1})
     assert inspect(place.database, tmp_path / "data" / "blobs", url, tmp_path / "data").in_store == 1
     assert place.disk.tier_of(place.registry.versions()[0].digest) is Tier.REMOTE
+
+
+def test_the_mirror_does_not_disturb_uploads_that_are_under_way(tmp_path: Path) -> None:
+    place = Place(tmp_path / "data", f"file://{tmp_path}/store")
+    with ThreadPoolExecutor(1) as thread:
+        publishing = thread.submit(lambda: [place.publish(seed, f"n{seed}") for seed in range(40)])
+        while not publishing.done():
+            place.settle()
+    assert len(publishing.result()) == 40
+    place.check()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,6 +23,7 @@ def content(tmp_path: Path) -> Path:
 def test_what_is_put_comes_back_until_it_is_deleted(tmp_path: Path, content: Path, kind: str) -> None:
     url = f"file://{tmp_path}/there/deep" if kind == "file" else f"memory://{tmp_path.name}/deep"
     store = Store.open(url, "server", tmp_path / "data")
+    store.create()
     assert store.list() == []
     assert not store.get("d1", tmp_path / "back")
     store.put("d1", content)
@@ -31,7 +33,9 @@ def test_what_is_put_comes_back_until_it_is_deleted(tmp_path: Path, content: Pat
     assert store.size("d2") is None
     assert store.get("d1", tmp_path / "back")
     assert (tmp_path / "back").read_bytes() == b"0123456789"
-    assert Store.open(url, "another", tmp_path / "data").list() == []
+    another = Store.open(url, "another", tmp_path / "data")
+    another.create()
+    assert another.list() == []
     store.delete("d1")
     store.delete("d1")
     assert store.list() == []
@@ -39,11 +43,35 @@ def test_what_is_put_comes_back_until_it_is_deleted(tmp_path: Path, content: Pat
 
 def test_only_blocks_are_listed(tmp_path: Path, content: Path) -> None:
     store = Store.open(f"file://{tmp_path}/there", "server", tmp_path / "data")
+    store.create()
     store.put("d1", content)
-    for name in ("README", "d2.block.0011.partial"):
-        (tmp_path / "there" / "server" / name).write_bytes(b"x")
+    place = tmp_path / "there" / "server"
+    for name in ("README", "d2.block.0011.partial", "d3.block.0022.partial"):
+        (place / name).write_bytes(b"x")
     assert store.list() == [StoredObject("d1", 10)]
-    assert store.remove_partials() == 1
+    assert store.partials() == {"d2", "d3"}
+    store.remove_partials("d2")
+    assert {path.name for path in place.iterdir()} == {"README", "d1.block", "d3.block.0022.partial"}
+
+
+def test_a_directory_that_is_gone_is_a_store_that_is_gone_and_not_an_empty_one(tmp_path: Path, content: Path) -> None:
+    store = Store.open(f"file://{tmp_path}/there", "server", tmp_path / "data")
+    store.create()
+    store.put("d1", content)
+    (tmp_path / "there").rename(tmp_path / "elsewhere")
+    asked: list[Callable[[], object]] = [
+        lambda: store.put("d2", content),
+        lambda: store.get("d1", tmp_path / "back"),
+        lambda: store.size("d1"),
+        lambda: store.delete("d1"),
+        store.list,
+    ]
+    for ask in asked:
+        with pytest.raises(Unavailable, match="does not answer"):
+            ask()
+    assert not (tmp_path / "there").exists()
+    (tmp_path / "elsewhere").rename(tmp_path / "there")
+    assert store.list() == [StoredObject("d1", 10)]
 
 
 def test_an_upload_of_which_the_store_has_less_is_none(content: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Response
@@ -14,6 +15,7 @@ from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 from adapterhub.config import MIB
 from adapterhub.errors import BadRequest
 from adapterhub.swap.pins import PinnedBy
+from adapterhub.swap.policies import Rules
 from adapterhub.swap.ref import Tier
 from adapterhub.swap.versions import current_of
 
@@ -68,12 +70,23 @@ def policy(hub: TheHub, caller: Admin) -> dict[str, Any]:
 def set_policy(hub: TheHub, caller: Admin, body: Annotated[Any, Body()], dry_run: bool = False) -> dict[str, Any]:
     """Puts the fields that are given into force, at once and for the next start; a tier's `owners` as a whole.
 
-    A dry run only says what would leave memory for them now.
+    A dry run only says what would leave each tier for them now.
     """
+    return _change_rules(hub, lambda rules: rules.merged(body), dry_run)
+
+
+@router.patch("/policy")
+def change_policy(hub: TheHub, caller: Admin, body: Annotated[Any, Body()], dry_run: bool = False) -> dict[str, Any]:
+    """As PUT, but of `owners` only the rules and fields that are given change; null forgets an owner's rule."""
+    return _change_rules(hub, lambda rules: rules.patched(body), dry_run)
+
+
+def _change_rules(hub: Hub, change: Callable[[Rules], Rules], dry_run: bool) -> dict[str, Any]:
     if not dry_run:
-        return hub.steering.set_rules(body).json
-    rules, plan = hub.steering.plan(body)
-    return {"rules": rules.json, "device": _leaving(hub, plan.device), "ram": _leaving(hub, plan.ram)}
+        return hub.steering.set_rules(change).json
+    rules, *tiers = hub.steering.try_rules(change)
+    leaving = (_leaving(hub, blocks) for blocks in tiers)
+    return {"rules": rules.json, **dict(zip(("device", "ram", "disk"), leaving, strict=True))}
 
 
 def _leaving(hub: Hub, blocks: list[tuple[str, int]]) -> list[dict[str, Any]]:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 from adapterhub.base.engine import Engine
 from adapterhub.config import Config
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.policies import Rules
-from adapterhub.swap.residency import Plan
 from adapterhub.swap.settings import Settings
 
 
@@ -27,6 +27,15 @@ def with_saved(config: Config, settings: Settings) -> Config:
         ram_bytes=chosen(config.ram_bytes, "ram"),
         disk_bytes=chosen(config.disk_bytes, "disk"),
     )
+
+
+class Trial(NamedTuple):
+    """Other rules, and what would leave each tier for them now: digests and bytes."""
+
+    rules: Rules
+    device: list[tuple[str, int]]
+    ram: list[tuple[str, int]]
+    disk: list[tuple[str, int]]
 
 
 class Steering:
@@ -57,15 +66,17 @@ class Steering:
                 self._engine.set_budgets(**given).result()
                 self._settings.save_budgets(**given)
 
-    def plan(self, changes: Any) -> tuple[Rules, Plan]:
-        """The rules with `changes`, and what would leave memory for them now. Raises BadRequest."""
-        rules = self.rules.merged(changes)
-        return rules, self._engine.plan(rules).result()
+    def try_rules(self, change: Callable[[Rules], Rules]) -> Trial:
+        """What `set_rules` would do now. Raises BadRequest."""
+        rules = change(self.rules)
+        plan = self._engine.plan(rules).result()
+        return Trial(rules, plan.device, plan.ram, self._disk.plan(rules.disk))
 
-    def set_rules(self, changes: Any) -> Rules:
-        """Puts the fields of `changes`, as JSON has them, in the place of those in force. Raises BadRequest."""
+    def set_rules(self, change: Callable[[Rules], Rules]) -> Rules:
+        """Puts what `change` makes of the rules that are in force into their place; of two changes at once none is
+        lost. Raises BadRequest."""
         with self._changing:
-            rules = self.rules.merged(changes)
+            rules = change(self.rules)
             self._engine.set_rules(rules).result()
             self._disk.set_rules(rules.disk)
             self._settings.save_rules(rules)

@@ -72,11 +72,11 @@ class Client:
     def post(self, path: str, **body: Any) -> Any:
         return _json(self._ask("POST", path, **body))
 
-    def put(self, path: str, body: Any, **params: Any) -> Any:
-        return _json(self._ask("PUT", path, json=body, params=params))
+    def put(self, path: str, body: Any) -> Any:
+        return _json(self._ask("PUT", path, json=body))
 
-    def patch(self, path: str, body: Any) -> Any:
-        return _json(self._ask("PATCH", path, json=body))
+    def patch(self, path: str, body: Any, **params: Any) -> Any:
+        return _json(self._ask("PATCH", path, json=body, params=params))
 
     def delete(self, path: str) -> Any:
         return _json(self._ask("DELETE", path))

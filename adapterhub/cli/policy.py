@@ -57,7 +57,7 @@ def set_policy(
     priority: Annotated[Priority | None, typer.Option(help="Adapters of a lower priority go first.")] = None,
     reset: Annotated[bool, typer.Option("--reset", help="Forget the owner's rule.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Change nothing; say what would leave device and RAM now.")
+        bool, typer.Option("--dry-run", help="Change nothing; say what would leave each tier now.")
     ] = False,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
@@ -80,13 +80,10 @@ def set_policy(
         raise BadRequest("--owner goes with --floor, --ceiling or --priority, or else with --reset.")
     if not changes and owner is None:
         raise BadRequest("Give what to change: --policy, --ttl, or --owner with a rule.")
-    client = Client(url, key)
-    body = {where: dict(changes) for where in tier or (Where.DEVICE, Where.RAM)}
     if owner is not None:
-        before = client.get("/admin/policy")
-        for where, changed in body.items():
-            changed["owners"] = _with_rule(before[where]["owners"], owner, None if reset else rule)
-    answer = client.put("/admin/policy", body, dry_run=dry_run)
+        changes["owners"] = {owner: None if reset else rule}
+    body = dict.fromkeys(tier or (Where.DEVICE, Where.RAM), changes)
+    answer = Client(url, key).patch("/admin/policy", body, dry_run=dry_run)
     if dry_run:
         _show_plan(answer, as_json)
     else:
@@ -94,12 +91,6 @@ def set_policy(
 
 
 app.command()(simulate)
-
-
-def _with_rule(owners: Mapping[str, Any], owner: str, rule: Mapping[str, Any] | None) -> dict[str, Any]:
-    """A tier's owners with the fields of `rule` in the owner's, or without the owner's (None)."""
-    others = {name: old for name, old in owners.items() if name != owner}
-    return others if rule is None else {**others, owner: {**owners.get(owner, {}), **rule}}
 
 
 def _show_rules(rules: Mapping[str, Any], as_json: bool) -> None:
@@ -132,13 +123,16 @@ def _show_plan(plan: Mapping[str, Any], as_json: bool) -> None:
     if as_json:
         print_json(plan)
         return
+    tiers = ("device", "ram", "disk")
     rows = [
         {"tier": tier, "models": ", ".join(gone["models"]) or "(deleted)", "bytes": format_bytes(gone["bytes"])}
-        for tier in ("device", "ram")
+        for tier in tiers
         for gone in plan[tier]
     ]
     if rows:
         show(rows, False, {"Tier": "tier", "Would go": "models", "Size": "bytes"}, right=("Size",))
-    freed = [format_bytes(sum(gone["bytes"] for gone in plan[tier])) for tier in ("device", "ram")]
-    device, ram = (f"{len(plan[tier])} ({size})" for tier, size in zip(("device", "ram"), freed, strict=True))
-    console.print(f"Adapters that would leave the device: {device}, and RAM: {ram}. Nothing was changed.")
+    freed = [format_bytes(sum(gone["bytes"] for gone in plan[tier])) for tier in tiers]
+    device, ram, disk = (f"{len(plan[tier])} ({size})" for tier, size in zip(tiers, freed, strict=True))
+    console.print(
+        f"Adapters that would leave the device: {device}, RAM: {ram}, and the disk: {disk}. Nothing was changed."
+    )

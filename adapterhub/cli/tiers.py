@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import typer
 from rich.table import Table
@@ -14,6 +14,7 @@ from adapterhub.config import format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
 
 app = typer.Typer()
+T = TypeVar("T")
 
 
 @app.callback(invoke_without_command=True)
@@ -25,6 +26,7 @@ def show_tiers(context: typer.Context, as_json: Json = False, url: Url = DEFAULT
 
 @app.command("set")
 def set_budgets(
+    context: typer.Context,
     device: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
     ram: Annotated[str | None, typer.Option(help="Budget of the host RAM tier; 0 for none.")] = None,
     disk: Annotated[str | None, typer.Option(help="Budget of the block files on disk.")] = None,
@@ -32,12 +34,23 @@ def set_budgets(
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
-    """Change budgets while requests run, and for the next start. What no longer fits leaves that tier."""
+    """Change budgets while requests run, and for the next start. What no longer fits leaves that tier.
+
+    Another device pool is filled beside the one that it replaces: for a moment what stays in it takes memory twice, and
+    on a GPU both pools whole. Where there is no memory for that, nothing is changed."""
     given = {"device_bytes": device, "ram_bytes": ram, "disk_bytes": disk}
     sizes = {name: parse_bytes(size) for name, size in given.items() if size is not None}
     if not sizes:
         raise BadRequest("Give at least one of --device, --ram and --disk.")
-    _show(Client(url, key).patch("/admin/tiers", sizes), as_json)
+    account = Client(_given(context, "url", url), _given(context, "key", key))
+    _show(account.patch("/admin/tiers", sizes), _given(context, "as_json", as_json))
+
+
+def _given(context: typer.Context, name: str, value: T) -> T:
+    """An option that may stand before `set` as well as after it."""
+    source = context.get_parameter_source(name)
+    after = source is not None and source.name == "COMMANDLINE"
+    return value if after or context.parent is None else context.parent.params[name]
 
 
 def _show(answer: dict[str, Any], as_json: bool) -> None:

@@ -32,6 +32,9 @@ class Mirror:
         self._thread = threading.Thread(target=self._loop, name="adapterhub-mirror", daemon=True)
 
     def start(self) -> None:
+        """Raises Unavailable when a store that is new to this server cannot be made."""
+        if not self._objects.any():
+            self._store.create()
         self._thread.start()
 
     def stop(self) -> None:
@@ -42,7 +45,9 @@ class Mirror:
 
     def settle(self) -> None:
         """Raises Unavailable when the store does not answer; the rest is left for the next time."""
-        self._store.remove_partials()
+        for digest in self._store.partials():
+            with self._disk.holding(digest):
+                self._store.remove_partials(digest)
         for digest in self._objects.unnamed():
             if self._stopping:
                 return

@@ -90,6 +90,10 @@ class Objects:
         )
         return [(row["digest"], row["owner"]) for row in self._database.rows(sql, (self.store,))]
 
+    def any(self) -> bool:
+        """Whether anything was ever put into the store, and is not known to be deleted there."""
+        return self._database.row("select 1 from objects where store = ? limit 1", (self.store,)) is not None
+
     def elsewhere(self) -> dict[str, str]:
         """Digests of all blocks that some store is known to hold, and one such store's URL."""
         rows = self._database.rows("select digest, store from objects where state = 'stored'")

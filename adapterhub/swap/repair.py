@@ -88,6 +88,8 @@ def repair(database: Database, blobs: Path, store_url: str | None, outside: Path
     store = Store.open(store_url, server_id(database), outside) if store_url is not None else None
     disk = DiskTier(blobs, None, store)
     registry = Registry(database, disk)
+    if store is not None and not registry.objects.any():
+        store.create()
     report.removed = registry.clean_up()
     known = registry.objects.elsewhere()
     rows = list(_versions(database))

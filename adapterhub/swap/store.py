@@ -24,7 +24,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from adapterhub.errors import BadRequest, HubError, StorageFull, Unavailable
 from adapterhub.swap.block import SUFFIX
-from adapterhub.swap.files import FULL, remove_partials, stream_durably
+from adapterhub.swap.files import FULL, PARTIAL, stream_durably
 from adapterhub.swap.threads import settle
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,12 @@ class Store:
             raise BadRequest(f"The store {url} lies in the server's own data directory. Choose a place outside of it.")
         return cls(fs, f"{path.rstrip('/')}/{server}", url.rstrip("/"))
 
+    def create(self) -> None:
+        """Makes the directory for the blocks, where a store has directories. Where it is missing later, the store is
+        gone, such as a file system that is not mounted, and not merely empty."""
+        if isinstance(self._fs, LocalFileSystem):
+            self._try("creation", "", lambda: self._fs.makedirs(self._prefix, exist_ok=True))
+
     def put(self, digest: str, path: Path) -> None:
         """Uploads the file. When it returns, the store holds all of it.
 
@@ -75,9 +81,7 @@ class Store:
 
         def upload() -> None:
             if isinstance(self._fs, LocalFileSystem):  # which would neither sync nor rename
-                place = Path(self._key(digest))
-                place.parent.mkdir(parents=True, exist_ok=True)
-                stream_durably(place, _chunks(path))
+                stream_durably(Path(self._key(digest)), _chunks(path))
             else:
                 self._put_file(path, digest)
             if (found := self._size(digest)) != size:
@@ -93,6 +97,7 @@ class Store:
             try:
                 self._fs.get_file(self._key(digest), str(partial))
             except FileNotFoundError:
+                self._check_there()
                 return False
             return True
 
@@ -109,7 +114,7 @@ class Store:
             try:
                 self._fs.rm_file(self._key(digest))
             except FileNotFoundError:
-                return
+                self._check_there()
 
         self._try("deletion", digest, remove)
 
@@ -117,11 +122,17 @@ class Store:
         """Every block of this server's; anything else under its prefix is not looked at."""
         return self._try("listing", "", lambda: [*self._list()])
 
-    def remove_partials(self) -> int:
-        """Removes what uploads that were cut off have left, where an object is not whole or absent by itself."""
-        if isinstance(self._fs, LocalFileSystem) and Path(self._prefix).is_dir():
-            return remove_partials(Path(self._prefix))
-        return 0
+    def partials(self) -> set[str]:
+        """Digests of which uploads that were cut off, or are under way, have left something, where an object is not
+        whole or absent by itself."""
+        if isinstance(self._fs, LocalFileSystem):
+            return {path.name.partition(SUFFIX)[0] for path in Path(self._prefix).glob(f"*{PARTIAL}")}
+        return set()
+
+    def remove_partials(self, digest: str) -> None:
+        """For whoever holds the digest, so that nobody uploads it."""
+        for path in Path(self._prefix).glob(f"{digest}{SUFFIX}.*{PARTIAL}"):
+            path.unlink(missing_ok=True)
 
     def close(self) -> None:
         """Whoever waits for the store is told that the server stops; so is whoever asks later."""
@@ -130,6 +141,11 @@ class Store:
 
     def _key(self, digest: str) -> str:
         return f"{self._prefix}/{digest}{SUFFIX}"
+
+    def _check_there(self) -> None:
+        """An object is missing: whether it is that alone."""
+        if isinstance(self._fs, LocalFileSystem) and not Path(self._prefix).is_dir():
+            raise NotADirectoryError(f"{self._prefix} is not there")
 
     def _put_file(self, path: Path, digest: str) -> None:
         try:
@@ -144,12 +160,14 @@ class Store:
         try:
             return int(self._fs.info(self._key(digest))["size"])
         except FileNotFoundError:
+            self._check_there()
             return None
 
     def _list(self) -> Iterator[StoredObject]:
         try:
             found = self._fs.ls(self._prefix, detail=True)
         except FileNotFoundError:
+            self._check_there()
             return
         for entry in found:
             name = str(entry["name"]).rpartition("/")[2]

@@ -13,6 +13,8 @@ from adapterhub.swap.policies.orders import Policy
 
 EVERYBODY = "*"  # in `owners`: who is not named
 PRIORITIES = (0, 1, 2)  # low, normal, high
+_TIERS = ("device", "ram", "disk")
+_OWNER_FIELDS = ("floor_bytes", "ceiling_bytes", "priority")
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class OwnerRule:
 
     @classmethod
     def parse(cls, data: Any, at: str) -> OwnerRule:
-        fields = _fields(data, at, ("floor_bytes", "ceiling_bytes", "priority"))
+        fields = _fields(data, at, _OWNER_FIELDS)
         rule = cls(**fields)
         _check_bytes(rule.floor_bytes, f"{at}.floor_bytes")
         if rule.ceiling_bytes is not None:
@@ -74,6 +76,19 @@ class TierRules:
             fields["owners"] = {name: OwnerRule.parse(rule, f"{at}.owners.{name}") for name, rule in owners.items()}
         return dataclasses.replace(self, **fields)
 
+    def patched(self, data: Any, at: str) -> TierRules:
+        """`merged`, but of `owners` only the rules and their fields that are given change; null forgets an owner's."""
+        fields = dict(_fields(data, at, ("policy", "ttl_seconds", "owners")))
+        if isinstance(fields.get("owners"), dict):
+            owners = {name: dataclasses.asdict(rule) for name, rule in self.owners.items()}
+            for name, rule in fields["owners"].items():
+                if rule is None:
+                    owners.pop(name, None)
+                else:
+                    owners[name] = owners.get(name, {}) | _fields(rule, f"{at}.owners.{name}", _OWNER_FIELDS)
+            fields["owners"] = owners
+        return self.merged(fields, at)
+
 
 @dataclass(frozen=True)
 class Rules:
@@ -83,8 +98,13 @@ class Rules:
 
     def merged(self, data: Any) -> Rules:
         """These rules with what `data` has, some tiers and some of their fields, in their place. Raises BadRequest."""
-        tiers = _fields(data, "rules", ("device", "ram", "disk"))
+        tiers = _fields(data, "rules", _TIERS)
         return dataclasses.replace(self, **{name: getattr(self, name).merged(tiers[name], name) for name in tiers})
+
+    def patched(self, data: Any) -> Rules:
+        """`merged`, but owners that `data` does not name keep their rules. Raises BadRequest."""
+        tiers = _fields(data, "rules", _TIERS)
+        return dataclasses.replace(self, **{name: getattr(self, name).patched(tiers[name], name) for name in tiers})
 
     @property
     def json(self) -> dict[str, Any]:
@@ -92,7 +112,7 @@ class Rules:
         return dataclasses.asdict(self)
 
 
-def _fields(data: Any, at: str, known: Collection[str]) -> Mapping[str, Any]:
+def _fields(data: Any, at: str, known: Collection[str]) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise BadRequest(f"{at} must be an object with some of {', '.join(known)}.", param=at)
     for name in data:
