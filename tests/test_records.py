@@ -156,15 +156,15 @@ def test_any_line_is_taken_or_refused_with_its_number(
     assert [r.line.number for r in records] == ([1, 2, 3] if line.strip() else [1, 3])
     for record in records:
         match record:
-            case Chat(_, _, messages, learned):
+            case Chat(_, messages, learned):
                 assert kind is Kind.SUPERVISED
                 assert any(learned)
                 texts = [m["content"] for m in messages]
-            case Completion(_, _, prompt, completion):
+            case Completion(_, prompt, completion):
                 assert kind is Kind.SUPERVISED
                 assert completion
                 texts = [prompt, completion]
-            case Pair(_, _, messages, preferred, other):
+            case Pair(_, messages, preferred, other):
                 assert kind is Kind.DPO
                 texts = [m["content"] for m in (*messages, preferred, other)]
         for text in texts:

@@ -336,11 +336,16 @@ def test_what_is_encoded_together_is_what_each_text_is_alone(read: Read, codec: 
         assert list(item) == expected
 
 
-def test_a_conversation_far_longer_than_the_context_is_read_only_as_far_as_it_fits(read: Read, tokenizer: Any) -> None:
-    turns = [m for i in range(1000) for m in ({**ASK, "content": f"{i}?"}, {**SAY, "content": f"{i}!"})]
-    renders = 0
-    codec = TextCodec(tokenizer)
-    render = codec.render
+@pytest.mark.parametrize("template", [None, FORGETFUL])
+def test_a_conversation_far_longer_than_the_context_is_read_only_as_far_as_it_fits(
+    read: Read, tokenizer: Any, template: str | None
+) -> None:
+    thought = {"role": "assistant", "content": "hm</think>Yes"}
+    turns = [m for i in range(1000) for m in ({**ASK, "content": f"{i}?"}, {**thought, "content": f"hm</think>{i}!"})]
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = template or tokenizer.chat_template
+    codec = TextCodec(changed)
+    render, renders = codec.render, 0
 
     def counting(messages: Any, *, reply: bool) -> str:
         nonlocal renders
@@ -348,8 +353,16 @@ def test_a_conversation_far_longer_than_the_context_is_read_only_as_far_as_it_fi
         return render(messages, reply=reply)
 
     codec.render = counting  # type: ignore[method-assign]
-    data = read(chat(*turns), codec=codec, context=256, times=10)
-    assert data.report.training.cut.count == 10
-    whole = tokenizer.apply_chat_template(turns, return_dict=False)
-    assert first(data).tokens == whole[:256]
-    assert renders < 10 * 200
+    data = read(chat(*turns), codec=codec, context=256)
+    assert data.report.training.cut.count >= 10
+    found = examples(data)
+    if template is None:
+        assert [e.tokens for e in found] == [changed.apply_chat_template(turns, return_dict=False)[:256]]
+    else:
+        assert len(found) > 5
+        for at, example in enumerate(found):
+            prompt = codec.chat(turns[: 2 * at + 1])
+            assert example.tokens[: len(prompt)] == prompt
+            assert len(prompt) < 256
+        assert len(codec.chat(turns[: 2 * len(found) + 1])) >= 256
+    assert renders < 10 * 400

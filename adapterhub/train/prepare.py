@@ -59,7 +59,7 @@ def prepare(
     """Reads and tokenizes the files; examples are cut to `context` tokens, and duplicates dropped.
 
     `held_out`: the share of the examples that is taken out of the training file to measure the loss on, chosen by
-    `seed`; None leaves that to us. `on_line` is called between lines, every 128 KiB or so; what it raises ends it.
+    `seed`; None leaves that to us. `on_line` is called every 128 KiB of text or so; what it raises ends it.
     Raises InvalidTrainingFile, with the line and the reason; BadRequest when `held_out` comes with a validation file;
     StorageFull; FileNotFoundError when a file is gone. At any moment `directory` holds all that is prepared, or for
     `Prepared.open` nothing; nobody else may write there meanwhile.

@@ -42,7 +42,6 @@ class Line:
 @dataclass(frozen=True)
 class Chat:
     line: Line
-    size: int  # bytes of the line
     messages: list[Message]  # role and content alone
     learned: list[bool]  # which of them: assistant messages whose weight is not 0
 
@@ -50,7 +49,6 @@ class Chat:
 @dataclass(frozen=True)
 class Completion:
     line: Line
-    size: int
     prompt: str
     completion: str
 
@@ -60,7 +58,6 @@ class Pair:
     """Two replies of the assistant to the same conversation."""
 
     line: Line
-    size: int
     messages: list[Message]
     preferred: Message
     non_preferred: Message
@@ -74,15 +71,15 @@ def read_records(source: Source, kind: Kind) -> Iterator[Record]:
     for line, text in _lines(source):
         parsed = _parse(line, text)
         if kind is Kind.DPO:
-            yield _pair(parsed, line, len(text))
+            yield _pair(parsed, line)
         elif "messages" in parsed:
             messages, learned = _messages(parsed["messages"], "messages", line)
             _refuse_tools(parsed, "it", line)
             if not any(learned):
                 line.refuse("no assistant message is left to learn from")
-            yield Chat(line, len(text), messages, learned)
+            yield Chat(line, messages, learned)
         elif "prompt" in parsed and "completion" in parsed:
-            yield _completion(parsed, line, len(text))
+            yield _completion(parsed, line)
         elif any(key in parsed for key in _PAIR):
             line.refuse(
                 "it is a preference, which a supervised job cannot learn from; create the job with "
@@ -152,14 +149,14 @@ def _refuse_tools(record: dict[str, Any], where: str, line: Line) -> None:
             line.refuse(f"{where} has {key!r}, which cannot be learned yet")
 
 
-def _completion(record: dict[str, Any], line: Line, size: int) -> Completion:
+def _completion(record: dict[str, Any], line: Line) -> Completion:
     prompt, completion = record["prompt"], record["completion"]
     if not isinstance(prompt, str) or not isinstance(completion, str) or not completion:
         line.refuse("'prompt' and 'completion' must be texts, and the completion not empty")
-    return Completion(line, size, prompt, completion)
+    return Completion(line, prompt, completion)
 
 
-def _pair(record: dict[str, Any], line: Line, size: int) -> Pair:
+def _pair(record: dict[str, Any], line: Line) -> Pair:
     if missing := [key for key in _PAIR if key not in record]:
         hint = ""
         if "messages" in record or "completion" in record:
@@ -171,7 +168,7 @@ def _pair(record: dict[str, Any], line: Line, size: int) -> Pair:
     _refuse_tools(record, "it", line)
     _refuse_tools(asked, "'input'", line)
     messages, _ = _messages(asked.get("messages"), "input.messages", line)
-    return Pair(line, size, messages, _reply(record, _PAIR[1], line), _reply(record, _PAIR[2], line))
+    return Pair(line, messages, _reply(record, _PAIR[1], line), _reply(record, _PAIR[2], line))
 
 
 def _reply(record: dict[str, Any], key: str, line: Line) -> Message:

@@ -17,7 +17,7 @@ from adapterhub.errors import BadRequest
 from adapterhub.train.dataset import Example
 from adapterhub.train.records import Chat, Completion, Pair, Record
 
-_BATCH_BYTES = 128 * 1024
+_BATCH = 128 * 1024  # characters that are encoded in one call
 _LONG = 4  # characters for each token of the context, after which a conversation is looked at whether it fits
 
 
@@ -59,11 +59,12 @@ def tokenize(records: Iterable[Record], codec: TextCodec, context: int) -> Itera
     drafts: list[tuple[int, list[_Side]]] = []
     size = 0
     for record in records:
-        drafts += ((record.line.number, sides) for sides in _sides(record, codec, context))
-        size += record.size
-        if size >= _BATCH_BYTES:
-            yield _encoded(drafts, codec, context)
-            drafts, size = [], 0
+        for sides in _sides(record, codec, context):
+            drafts.append((record.line.number, sides))
+            size += sum(len(piece.text) for side in sides for piece in side)
+            if size >= _BATCH:
+                yield _encoded(drafts, codec, context)
+                drafts, size = [], 0
     yield _encoded(drafts, codec, context)
 
 
@@ -96,22 +97,22 @@ def _cut(line: int, examples: tuple[Example, ...], context: int) -> Item:
     return Item(line, examples, cut)
 
 
-def _sides(record: Record, codec: TextCodec, context: int) -> list[list[_Side]]:
+def _sides(record: Record, codec: TextCodec, context: int) -> Iterator[list[_Side]]:
     """The sides of each item that the record becomes."""
     try:
         match record:
             case Completion():
-                return [[[_Piece(record.prompt, False, begins=True), _Piece(record.completion, True, ends=True)]]]
+                yield [[_Piece(record.prompt, False, begins=True), _Piece(record.completion, True, ends=True)]]
             case Pair():
                 replies = (record.preferred, record.non_preferred)
-                return [[_reply([*record.messages, r], len(record.messages), codec) for r in replies]]
+                yield [_reply([*record.messages, r], len(record.messages), codec) for r in replies]
             case Chat():
-                return [[side] for side in _chat(record, codec, context)]
+                yield from ([side] for side in _chat(record, codec, context))
     except BadRequest as error:
         record.line.refuse(error.message)
 
 
-def _chat(record: Chat, codec: TextCodec, context: int) -> list[_Side]:
+def _chat(record: Chat, codec: TextCodec, context: int) -> Iterator[_Side]:
     """One side of the whole conversation, if its turns are written alike whatever comes after them."""
     messages = record.messages
     side: _Side = []
@@ -122,16 +123,27 @@ def _chat(record: Chat, codec: TextCodec, context: int) -> list[_Side]:
             continue
         after = codec.render(messages[: at + 1], reply=False)
         before = _before(messages, at, after, codec)
-        if not (before.startswith(written) and after.startswith(before)):
-            # the template rewrites earlier turns: teach each turn on its own, as serving would ask for it
-            return [_reply(messages, i, codec) for i, learned in enumerate(record.learned) if learned]
+        if not (before.startswith(written) and after.startswith(before)):  # it rewrites earlier turns
+            yield from _turn_by_turn(record, codec, context)
+            return
         side += _Piece(before[len(written) :], False), _Piece(after[len(before) :], record.learned[at])
         written = after
         if len(written) >= look:  # each turn renders all before it: a thousand turns that are cut would take minutes
             if len(codec.encode(written)) > context:
                 break
             look *= 2
-    return [side]
+    yield side
+
+
+def _turn_by_turn(record: Chat, codec: TextCodec, context: int) -> Iterator[_Side]:
+    """Each turn on its own, as serving would ask for it, up to the first one whose prompt does not fit."""
+    for at, learned in enumerate(record.learned):
+        if learned:
+            side = _reply(record.messages, at, codec)
+            yield side
+            prompt = side[0].text
+            if len(prompt) >= _LONG * context and len(codec.encode(prompt)) > context:
+                return
 
 
 def _reply(messages: list[Message], at: int, codec: TextCodec) -> _Side:
