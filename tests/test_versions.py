@@ -20,6 +20,8 @@ from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.database import Database
 from adapterhub.swap.history import shares_of
 from adapterhub.swap.pins import PinnedBy
+from adapterhub.swap.ref import Tier
+from adapterhub.swap.repair import inspect
 from adapterhub.swap.tables import migrations
 from adapterhub.swap.versions import Kind, Version, drawn
 from tests.test_block import make_block
@@ -92,6 +94,13 @@ def test_a_version_answers_to_its_own_name_and_to_what_it_is_among_its_adapters(
     now = {v.id: v for v in place.registry.versions()}
     for name, version in meant.items():
         assert place.registry.resolve("mira", name) == now[version.id], name
+
+
+def test_the_name_of_the_base_may_have_colons(place: Place) -> None:
+    for version in (add(place, base="a:b@c"), add(place, Kind.CHECKPOINT, base="a:b:ckpt-step-7", step=7)):
+        found = place.registry.resolve("mira", version.model)
+        assert found is not None
+        assert found.id == version.id
 
 
 @pytest.mark.parametrize(
@@ -197,6 +206,26 @@ def test_an_adapter_goes_with_its_last_checkpoint(place: Place) -> None:
     with pytest.raises(NotFound):
         place.registry.adapter("mira", step.adapter)
     check(place)
+
+
+def test_candidates_and_checkpoints_are_kept_mended_and_brought_to_the_store_as_releases_are(tmp_path: Path) -> None:
+    data, url = tmp_path / "data", f"file://{tmp_path / 'store'}"
+    before = Place(data)
+    made = [add(before, Kind.CANDIDATE), add(before, Kind.CHECKPOINT, seed=1, step=3)]
+    for version in made:
+        path = before.disk.files.path(version.digest)
+        path.write_bytes(path.read_bytes()[:-1])
+    seen = inspect(before.database, data / "blobs", None, data)
+    assert [fault.version for fault in seen.faults] == [f"mira/one, checkpoint {made[1].id}", "mira/one, version 1"]
+    before.registry.delete_adapter("mira", made[0].adapter)
+    made = [add(before, Kind.CANDIDATE), add(before, Kind.CHECKPOINT, seed=1, step=3)]
+    before.database.close()
+    place = Place(data, url)
+    place.settle()
+    assert place.disk.files.evict(2**30, "")
+    assert [place.disk.tier_of(version.digest) for version in made] == [Tier.REMOTE] * 2
+    check(place)
+    assert place.files() == place.named(), "they were fetched"
 
 
 # -- what was current

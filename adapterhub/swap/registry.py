@@ -63,7 +63,8 @@ class Registry(Versions):
         and stays as it was otherwise.
 
         `step` is a checkpoint's, and of no other kind. A job publishes its checkpoint of a step once: the second time
-        it is the first one, so that a job that goes on after a kill does not leave two. `metrics` is plain JSON.
+        it is the first one, so that a job that goes on after a kill does not leave two. `metrics` is JSON, with finite
+        numbers alone.
 
         Raises StorageFull when the disk, its budget or the store is full, and Unavailable when the store does not
         answer; nothing has changed then.
@@ -76,7 +77,7 @@ class Registry(Versions):
             "id": new_id("v").removeprefix("v-")[:12],
             "kind": kind,
             "step": step,
-            "metrics": None if metrics is None else json.dumps(metrics),
+            "metrics": None if metrics is None else json.dumps(metrics, allow_nan=False),
             "digest": block.digest,
             "nbytes": block.meta.nbytes,
             "rank": block.meta.rank,
