@@ -17,7 +17,7 @@ LAYERS = ["core", "swap", "base", "train", "api", "cli"]  # a lower one never im
 PACKAGES = {
     "core": set(),
     "swap": {"fsspec", "numpy", "regex", "safetensors", "sortedcontainers", "sqlite_utils", "torch"},
-    "base": {"jinja2", "numpy", "tokenizers", "torch", "transformers"},
+    "base": {"jinja2", "llguidance", "numpy", "tokenizers", "torch", "transformers"},
     "train": {"sqlite_utils", "torch"},
 }
 FILES = sorted(ROOT.rglob("*.py"))

@@ -312,7 +312,8 @@ class Engine:
             sequence = work_done.sequence
             self._scheduler.advance(work_done, token.id if token else None)
             if diverged:
-                fault = ServerFault("The model's numbers are not finite for this request.", code="not_finite")
+                fault: HubError | None = sequence.matcher.error if sequence.matcher is not None else None
+                fault = fault or ServerFault("The model's numbers are not finite for this request.", code="not_finite")
                 outputs.append(Output(sequence.request.id, error=fault))
             elif token is not None:
                 outputs.append(self._output(sequence, token))
@@ -328,7 +329,8 @@ class Engine:
 
     def _output(self, sequence: Sequence, token: Token) -> Output:
         sampling, finish = sequence.request.sampling, None
-        if token.id in self.base.end_tokens and not sampling.ignore_eos:
+        # with a grammar, an end that is to be ignored comes only where nothing else may
+        if token.id in self.base.end_tokens and (not sampling.ignore_eos or sequence.matcher is not None):
             finish = Finish.STOP
         elif sequence.produced >= sampling.max_tokens:
             finish = Finish.LENGTH

@@ -47,6 +47,11 @@ class Base:
     def nbytes(self) -> int:
         return sum(t.nbytes for t in (*self.model.parameters(), *self.model.buffers()))
 
+    @property
+    def vocabulary(self) -> int:
+        """How many logits a token has, which may be more than the tokenizer knows tokens."""
+        return self.model.config.get_text_config().vocab_size
+
     def logits(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """One forward; logits [len(rows), vocabulary] of the rows asked for."""
         with self.slot.running(batch):

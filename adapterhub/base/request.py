@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple
 
+from adapterhub.base.grammar import Grammar
 from adapterhub.errors import HubError
 from adapterhub.swap.ref import AdapterRef, Tier
 
@@ -40,6 +41,7 @@ class Request:
     sampling: Sampling = field(default_factory=Sampling)
     adapter: AdapterRef | None = None
     owner: str = ""  # between whom the engine is fair, and across whom nothing is shared
+    grammar: Grammar | None = None  # that the answer follows
 
 
 class Finish(StrEnum):

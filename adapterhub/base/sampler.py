@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import torch
+from torch.nn.functional import embedding
 
+from adapterhub.base.grammar import masks
 from adapterhub.base.request import Logprob, Token
 from adapterhub.base.scheduler import Sequence
 
@@ -22,9 +24,12 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], end_tokens: frozenset
     """
     if not sequences:
         return []
+    barred = _barred(sequences, end_tokens)  # first: on a GPU, the forward is under way meanwhile
     logits = logits.float()
     asked = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
     plain = logits[asked].log_softmax(-1) if asked else None
+    if barred is not None:
+        _bar(logits, *barred)
     for row, sequence in zip(logits, sequences, strict=True):
         _adjust(row, sequence, end_tokens)
     best, tokens = logits.max(-1)  # a NaN anywhere in a row becomes its maximum
@@ -41,6 +46,37 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], end_tokens: frozenset
     return chosen
 
 
+def _barred(sequences: Seq[Sequence], end_tokens: frozenset[int]) -> tuple[list[int], torch.Tensor] | None:
+    """The rows whose answers follow a grammar, and one bit per token of what may not come next: [rows, bytes].
+
+    `ignore_eos` and `min_tokens` hold back the end as long as something else may come.
+    """
+    rows = [i for i, s in enumerate(sequences) if s.matcher is not None]
+    if not rows:
+        return None
+    allowed = masks([matcher for s in sequences if (matcher := s.matcher) is not None])
+    for may, row in zip(allowed, rows, strict=True):
+        sampling = sequences[row].request.sampling
+        if sampling.ignore_eos or sequences[row].produced < sampling.min_tokens:
+            going_on = may.copy()
+            for token in end_tokens:
+                going_on[token >> 3] &= ~(1 << (token & 7)) & 0xFF
+            if going_on.any():
+                may[:] = going_on
+    return rows, torch.from_numpy(~allowed)
+
+
+def _bar(logits: torch.Tensor, rows: list[int], barred: torch.Tensor) -> None:
+    """Makes the barred tokens impossible, in place. Adds, so that a number that is not finite stays one."""
+    bits = torch.arange(256, device=logits.device).unsqueeze(1) >> torch.arange(8, device=logits.device)
+    infinite = torch.zeros(256, 8, device=logits.device).masked_fill_((bits & 1).bool(), float("-inf"))
+    added = embedding(barred.to(logits.device, torch.int), infinite).view(len(rows), -1)[:, : logits.shape[1]]
+    if len(rows) == len(logits):
+        logits += added
+    else:
+        logits.index_add_(0, torch.tensor(rows, device=logits.device), added)
+
+
 def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: frozenset[int]) -> None:
     """Penalties, bias, and no early end, in place on one row [vocabulary]."""
     sampling = sequence.request.sampling
@@ -50,7 +86,7 @@ def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: frozenset[int]) -
         row[seen] -= sampling.frequency_penalty * times + sampling.presence_penalty
     if sampling.logit_bias:
         row[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
-    if end_tokens and sequence.produced < sampling.min_tokens:
+    if end_tokens and sequence.produced < sampling.min_tokens and sequence.matcher is None:
         row[list(end_tokens)] = float("-inf")
 
 

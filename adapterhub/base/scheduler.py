@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 from adapterhub.base.batch import KV_BLOCK
 from adapterhub.base.blocks import chain
+from adapterhub.base.grammar import Matcher
 from adapterhub.base.kv import KVCache
 from adapterhub.base.request import Request
 from adapterhub.swap.hold import Hold
@@ -40,12 +41,14 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     names: list[bytes] = field(default_factory=list)  # of its full blocks, as far as they were needed
     counts: Counter[int] = field(default_factory=Counter)  # of what it produced, for penalties
+    matcher: Matcher | None = None  # where in its grammar the answer is; giving way does not change it
     hold: Hold | None = None  # on its adapter, from when it comes near the front of the queue until it ends
     arrived: float = field(default_factory=time.monotonic)
 
     @classmethod
     def of(cls, request: Request) -> Sequence:
-        return cls(request, list(request.prompt), random.Random(request.sampling.seed))
+        matcher = None if request.grammar is None else request.grammar.start()
+        return cls(request, list(request.prompt), random.Random(request.sampling.seed), matcher=matcher)
 
     @property
     def owner(self) -> str:
@@ -194,6 +197,8 @@ class Scheduler:
         if token is not None:
             sequence.tokens.append(token)
             sequence.counts[token] += 1
+            if sequence.matcher is not None:
+                sequence.matcher.accept(token)
 
     def check_integrity(self) -> None:
         self.kv.blocks.check_integrity([block for s in (*self.running, *self.waiting()) for block in s.blocks])

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from tokenizers.decoders import ByteLevel, DecodeStream
 
+from adapterhub.base.tools import BEGIN, END, Message, Tool, written_out
 from adapterhub.errors import BadRequest
 
-Message = dict[str, Any]
+_PROBE_TOOL: Tool = {
+    "type": "function",
+    "function": {"name": "probe", "description": "Finds it.", "parameters": {"type": "object", "properties": {}}},
+}
+_PROBE_CALL = {"id": "call_0", "type": "function", "function": {"name": "probe", "arguments": {"what": 1}}}
 
 
 class TextCodec:
@@ -58,21 +65,50 @@ class TextCodec:
             return bytes.fromhex(byte[1])
         return written.replace("\u2581", " ").encode()
 
-    def render(self, messages: list[Message], *, reply: bool) -> str:
+    def render(self, messages: list[Message], *, reply: bool, tools: Sequence[Tool] = ()) -> str:
         """The conversation as the base's chat template writes it; with `reply`, up to where the assistant begins.
 
         Raises BadRequest when the base has no template, or the template refuses the conversation.
         """
         if self._transformers.chat_template is None:
             raise BadRequest("This base has no chat template. Use /v1/completions with a plain prompt.")
+        told = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
+        if told and not self.writes_tools:
+            messages, tools = written_out(messages, tools, system=self._takes_system), ()
         try:
-            return self._transformers.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
+            return self._apply(messages, tools, reply)
         except (TemplateError, TypeError, KeyError) as error:
             raise BadRequest(f"The base's chat template refuses these messages: {error}", param="messages") from error
 
-    def chat(self, messages: list[Message]) -> list[int]:
+    def chat(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[int]:
         """The tokens of a conversation, up to where the assistant begins to reply."""
-        return self.encode(self.render(messages, reply=True))
+        return self.encode(self.render(messages, reply=True, tools=tools))
+
+    @cached_property
+    def writes_tools(self) -> bool:
+        """Whether the chat template writes tools and calls as `base.tools` says; a short conversation shows it."""
+        calling = {"role": "assistant", "content": "", "tool_calls": [_PROBE_CALL]}
+        found = {"role": "tool", "tool_call_id": "call_0", "content": "It is here."}
+        asked = {"role": "user", "content": "Where is it?"}
+        try:
+            text = self._apply([asked, calling, found], [_PROBE_TOOL], reply=True)
+        except (TemplateError, TypeError, KeyError, ValueError):
+            return False
+        calls = re.findall(f"{BEGIN}\\s*(\\{{.*\\}})\\s*{END}", text)
+        as_written = json.dumps(_PROBE_CALL["function"])
+        return "Finds it." in text and "It is here." in text and as_written in calls
+
+    @cached_property
+    def _takes_system(self) -> bool:
+        try:
+            self._apply([{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}], (), reply=True)
+        except (TemplateError, TypeError, KeyError):
+            return False
+        return True
+
+    def _apply(self, messages: list[Message], tools: Sequence[Tool], reply: bool) -> str:
+        more = {"tools": list(tools)} if tools else {}
+        return self._transformers.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply, **more)
 
     def stream(self, prompt: Sequence[int] = ()) -> Detokenizer:
         return Detokenizer(self._tokenizer, list(prompt))
