@@ -347,10 +347,10 @@ def test_a_conversation_far_longer_than_the_context_is_read_only_as_far_as_it_fi
     codec = TextCodec(changed)
     render, renders = codec.render, 0
 
-    def counting(messages: Any, *, reply: bool) -> str:
+    def counting(messages: Any, **how: Any) -> str:
         nonlocal renders
         renders += 1
-        return render(messages, reply=reply)
+        return render(messages, **how)
 
     codec.render = counting  # type: ignore[method-assign]
     data = read(chat(*turns), codec=codec, context=256)
