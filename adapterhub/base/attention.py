@@ -41,6 +41,8 @@ def attend(
         if kwargs.get(name) is not None:
             raise BadRequest(f"This base's attention uses {name}, which is not supported. Serve another base.")
     batch: Batch = module.adapterhub_slot.batch  # type: ignore[assignment, union-attr]
+    if batch.give_way is not None:
+        batch.give_way()
     q, k, v = query[0], key[0], value[0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]

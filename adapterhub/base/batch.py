@@ -6,7 +6,7 @@ injection gave them; the engine's thread sets it with `running`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -89,6 +89,7 @@ class Batch:
     kv: KeyValues | None = None
     slots: torch.Tensor | None = None  # [T] where each token's key and value go in the KV cache
     pool: torch.Tensor | None = None  # where the segments' adapters lie; None where they are a job's parameters
+    give_way: Callable[[], None] | None = None  # called by each layer of a training forward, and of its backward
     anchor: torch.Tensor | None = None  # in a training forward: a leaf that makes autograd record from the first layer
     _decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
@@ -131,9 +132,9 @@ class Slot:
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:
-        assert self.batch is None, "a forward of this base is under way already"
-        self.batch = batch
+        """Within the block the layers work on `batch`; a training forward gives way to other forwards in between."""
+        outer, self.batch = self.batch, batch
         try:
             yield
         finally:
-            self.batch = None
+            self.batch = outer

@@ -218,15 +218,19 @@ class Engine:
         try:
             if wait:
                 self._sleep()
-            self._inbox.carry_out()
-            self._sweep()
-            self.tiers.poll()
-            if self._pin_ahead():
-                self._prefetch()
+            self._prepare()
             return self._train() or self._step()
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
             return True
+
+    def _prepare(self) -> None:
+        """What comes before a step: what others asked for, deadlines, and adapters on their way."""
+        self._inbox.carry_out()
+        self._sweep()
+        self.tiers.poll()
+        if self._pin_ahead():
+            self._prefetch()
 
     def _sleep(self) -> None:
         """Until something is in the inbox, or it is time to look at deadlines, or to try idle work again."""
@@ -284,15 +288,30 @@ class Engine:
             self.tiers.prefetch(self._hints.popleft(), wanted.keys())
 
     def _train(self) -> bool:
-        """A piece of training, if it may be now. Who waits for the store, which may never answer, does not wait for the
-        device."""
-        if not self._spare.wanted:
-            return False
+        """A piece of training, if it may be now."""
+        return self._spare.wanted and self._spare.train(self._give_way, **self._demand())
+
+    def _demand(self) -> Demand:
+        """Who waits for the store, which may never answer, does not wait for the device."""
         running = self._scheduler.running
         first = any(s.produced == 0 for s in running) or any(
             s.hold is None or not s.hold.away for s in self._scheduler.waiting()
         )
-        return self._spare.train(running=bool(running), first=first)
+        return {"running": bool(running), "first": first}
+
+    def _give_way(self) -> None:
+        """Within a piece of training, when somebody asks for something or the piece takes long: serves until training
+        may go on, or there is nothing else to do."""
+        if not self._inbox.waiting and not self._spare.overdue:
+            return
+        self._spare.interrupt()
+        try:
+            self._prepare()
+            while not self._stopping and not self._spare.may_go_on(**self._demand()) and self._step():
+                self._prepare()
+        except Exception:
+            log.exception("the engine met an error outside of a step; it goes on")
+        self._spare.go_on()
 
     def _step(self) -> bool:
         """One step of serving; False if there was nothing to do."""

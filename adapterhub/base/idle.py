@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import time
 from collections import deque
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 
-from adapterhub.base.share import Share
+from adapterhub.base.share import PAUSE_SECONDS, Share
 
 log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 1.0  # of a work that failed
@@ -24,12 +25,20 @@ class IdleWork(Protocol):
         """How many runs are under way."""
         ...
 
-    def step(self, tokens: int) -> int:
-        """One piece on the engine's thread, of about `tokens` tokens and no more where that can be.
+    def step(self, tokens: int, give_way: Callable[[], None]) -> int:
+        """One piece on the engine's thread, of about `tokens` tokens and no more where that can be. It calls `give_way`
+        every few milliseconds, between two layers of the base, say; requests may be served meanwhile.
 
         Returns how many tokens it trained; 0 when there is nothing to do at the moment: it is asked again after
         `Engine.wake`."""
         ...
+
+
+class Demand(TypedDict):
+    """Who wants the device besides training."""
+
+    running: bool  # streams have tokens to come
+    first: bool  # somebody waits for a first token
 
 
 class _Piece(NamedTuple):
@@ -48,6 +57,7 @@ class SpareTime:
         self._work_left = False  # as far as is known
         self._paused_until = 0.0  # by `time.monotonic`
         self._since = time.perf_counter()  # what comes next began then
+        self._before = 0.0  # seconds of the piece under way, before it was interrupted
         self._recent: deque[_Piece] = deque()
         self._training_threads = self._threads = torch.get_num_threads()
         self._serving_threads = serving_threads or self._training_threads
@@ -65,29 +75,49 @@ class SpareTime:
         """There is something to do, now or after a second."""
         return self._work_left
 
-    def train(self, *, running: bool, first: bool) -> bool:
-        """A piece of the work, if there is something to do and it may be now; False if not. `running`: streams have
-        tokens to come; `first`: somebody waits for a first token."""
+    def train(self, give_way: Callable[[], None], **demand: Unpack[Demand]) -> bool:
+        """A piece of the work, if there is something to do and it may be now; False if not. For `give_way`
+        see `IdleWork.step`."""
         if self._work is None or not self._work_left or time.monotonic() < self._paused_until:
             return False
-        tokens = self._share.next_tokens(running=running, first=first)
+        tokens = self._share.next_tokens(**demand)
         if not tokens:
             return False
-        self._use_threads(self._training_threads)
-        started = time.perf_counter()
+        self._begin_piece()
+        self._before = 0.0
         try:
-            done = self._work.step(tokens)
+            done = self._work.step(tokens, give_way)
             self._work_left = done > 0
         except Exception:
             log.exception("idle work failed; trying again in %g s", _PAUSE_SECONDS)
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
             done = 0
-        self._since = time.perf_counter()
+        seconds = self._lap()
         if done:
-            self._share.trained(self._since - started, done)
-            self._recent.append(_Piece(self._since, self._since - started, done))
-            self._forget(self._since)
+            self._share.trained(seconds, done, before=self._before)
+            self._tokens += done
+            self._note(seconds, done)
         return True
+
+    @property
+    def overdue(self) -> bool:
+        """The piece that is under way has taken as long as one may."""
+        return time.perf_counter() - self._since >= PAUSE_SECONDS
+
+    def interrupt(self) -> None:
+        """Serving comes first for a while."""
+        seconds = self._lap()
+        self._before += seconds
+        self._share.interrupted(seconds)
+        self._note(seconds, 0)
+
+    def may_go_on(self, **demand: Unpack[Demand]) -> bool:
+        """Whether an interrupted piece may go on now."""
+        return self._share.next_tokens(**demand) > 0
+
+    def go_on(self) -> None:
+        """The interrupted piece is taken up again."""
+        self._begin_piece()
 
     def begin_step(self) -> None:
         """A step of serving is next."""
@@ -115,6 +145,14 @@ class SpareTime:
             "p95_ms": _milliseconds(self._share.p95),
             "idle_p95_ms": _milliseconds(self._share.idle_p95),
         }
+
+    def _begin_piece(self) -> None:
+        self._use_threads(self._training_threads)
+        self._since = time.perf_counter()
+
+    def _note(self, seconds: float, tokens: int) -> None:
+        self._recent.append(_Piece(self._since, seconds, tokens))
+        self._forget(self._since)
 
     def _lap(self) -> float:
         """Seconds since the last step, piece or sleep ended."""

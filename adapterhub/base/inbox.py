@@ -51,6 +51,11 @@ class Inbox:
         self.post(answer)
         return future
 
+    @property
+    def waiting(self) -> bool:
+        """Something is to be carried out."""
+        return not self._actions.empty()
+
     # -- the engine's thread
 
     def wait(self, seconds: float | None) -> None:

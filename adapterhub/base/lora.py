@@ -6,6 +6,7 @@ own gradient; else plain torch, a loop over segments that runs on any device and
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -54,7 +55,7 @@ def _train_lora(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) -> 
         if factors is not None:
             trained = cast(TrainedAdapter, segment.adapter)
             learners.append(_Learner(slice(segment.start, segment.end), factors, trained.gradients[target]))
-    return _TrainedLora.apply(y, x, batch.anchor, learners) if learners else y
+    return _TrainedLora.apply(y, x, batch.anchor, learners, batch.give_way) if learners else y
 
 
 class _TrainedLora(torch.autograd.Function):
@@ -63,7 +64,12 @@ class _TrainedLora(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, y: torch.Tensor, x: torch.Tensor, anchor: torch.Tensor, learners: list[_Learner]
+        ctx: Any,
+        y: torch.Tensor,
+        x: torch.Tensor,
+        anchor: torch.Tensor,
+        learners: list[_Learner],
+        give_way: Callable[[], None] | None,
     ) -> torch.Tensor:
         downs = []
         for rows, factors, _ in learners:
@@ -72,11 +78,13 @@ class _TrainedLora(torch.autograd.Function):
             downs.append(down)
         ctx.mark_dirty(y)
         ctx.save_for_backward(x, *downs)
-        ctx.learners = learners
+        ctx.learners, ctx.give_way = learners, give_way
         return y
 
     @staticmethod
-    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None]:
+    def backward(ctx: Any, gy: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None, None, None, None]:
+        if ctx.give_way is not None:
+            ctx.give_way()
         x, *downs = ctx.saved_tensors
         gx = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
         for (rows, factors, gradients), down in zip(ctx.learners, downs, strict=True):
@@ -86,4 +94,4 @@ class _TrainedLora(torch.autograd.Function):
             gradients.a.add_(middle.T @ x[rows])
             if gx is not None:
                 torch.mm(middle, factors.a, out=gx[rows])
-        return gy, gx, None, None
+        return gy, gx, None, None, None

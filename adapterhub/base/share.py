@@ -11,6 +11,9 @@ the time between a stream's tokens, by more than the factor `slo` over what it i
   0.3 seconds, for a stream should not seem to hang; and of the time, training takes no more than 60%, and is given no
   less than 4%.
 
+A piece is interrupted between two layers of the base when a request comes, or when it takes longer than that all the
+same, as one with a single long example does; what is left of it goes on when a piece may.
+
 While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all, in long pieces, since
 somebody may come.
 """
@@ -21,7 +24,7 @@ import statistics
 from collections import deque
 
 _EVERY = 22  # steps for each that may be late: less than 5%, and so in any 220 tokens of a stream
-_PAUSE_SECONDS = 0.3  # a long one
+PAUSE_SECONDS = 0.3  # a long one
 _MOST, _LEAST = 0.6, 0.04  # of the time, while both want the device
 _STEPS = 256  # whose costs are remembered
 _MOST_DEBT = 3.0  # late steps that are still paid for
@@ -52,18 +55,25 @@ class Share:
     def served(self, seconds: float, *, streams: bool) -> None:
         """A step of serving, without the pieces before it; `streams`: it made a token that follows another."""
         self.waited(seconds)
-        self._due = min(self._due + seconds * _MOST / (1 - _MOST), _PAUSE_SECONDS)
+        self._due = min(self._due + seconds * _MOST / (1 - _MOST), PAUSE_SECONDS)
         if streams:
             self._note_gap(seconds)
         self._pause = self._longest = self._room = 0.0
 
     def waited(self, seconds: float) -> None:
         """Training had to wait, and nothing was served either."""
-        self._owed = min(self._owed + seconds * _LEAST, _PAUSE_SECONDS)
+        self._owed = min(self._owed + seconds * _LEAST, PAUSE_SECONDS)
 
-    def trained(self, seconds: float, tokens: int) -> None:
-        """A piece."""
-        self.costs.note(seconds, tokens)
+    def trained(self, seconds: float, tokens: int, *, before: float = 0.0) -> None:
+        """A piece, or what was left of one that was interrupted after `before` seconds."""
+        self.costs.note(before + seconds, tokens)
+        self._note_training(seconds)
+
+    def interrupted(self, seconds: float) -> None:
+        """A piece that is not done yet makes way for serving after so long."""
+        self._note_training(seconds)
+
+    def _note_training(self, seconds: float) -> None:
         if not self._alone:
             self._pause += seconds
             self._longest = max(self._longest, seconds)
@@ -77,11 +87,11 @@ class Share:
         waits for a first token."""
         self._alone = not (running or first)
         if self._alone:
-            return self.costs.tokens(_PAUSE_SECONDS)
+            return self.costs.tokens(PAUSE_SECONDS)
         if self._pause:
             return 0 if first else self._rest_of_pause()
-        if self._owed >= _PAUSE_SECONDS:
-            return self.costs.tokens(_PAUSE_SECONDS)
+        if self._owed >= PAUSE_SECONDS:
+            return self.costs.tokens(PAUSE_SECONDS)
         return 0 if first else self._between_tokens()
 
     # -- what is known
@@ -115,8 +125,8 @@ class Share:
         may_be_late = self._credit >= 1
         room = (self.slo - 1) * statistics.median(self._idle) if self._idle else 0.0
         short = self._short_tokens(room)
-        if may_be_late and self._due >= _PAUSE_SECONDS and (self._short_works or not short):
-            return self.costs.tokens(_PAUSE_SECONDS)
+        if may_be_late and self._due >= PAUSE_SECONDS and (self._short_works or not short):
+            return self.costs.tokens(PAUSE_SECONDS)
         if not short or not (may_be_late or self._short_works):
             return 0
         self._room = room
@@ -127,12 +137,12 @@ class Share:
         more than double of what they cost in a long one."""
         if self._steps_to_wait or self._due < room or room < self.costs.seconds(1):
             return 0
-        short, long = self.costs.tokens(room), self.costs.tokens(_PAUSE_SECONDS)
+        short, long = self.costs.tokens(room), self.costs.tokens(PAUSE_SECONDS)
         return short if self.costs.seconds(short) * long <= 2 * self.costs.seconds(long) * short else 0
 
     def _rest_of_pause(self) -> int:
         """Another piece in a long pause, where there is time for one like those before it."""
-        left = _PAUSE_SECONDS - self._pause
+        left = PAUSE_SECONDS - self._pause
         return 0 if self._room or left < self._longest else self.costs.tokens(left)
 
 

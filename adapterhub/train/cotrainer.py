@@ -51,6 +51,7 @@ class CoTrainer:
         self._base, self._wake = base, wake
         self._asked: deque[Callable[[], None]] = deque()
         self._places: dict[Run, _Place] = {}
+        self._give_way: Callable[[], None] = lambda: None
 
     def add(self, run: Run, weight: float = 1.0) -> None:
         """Trains `run`, which tells how it goes. Of two runs, one of twice the weight has twice the tokens."""
@@ -67,8 +68,10 @@ class CoTrainer:
 
     # -- the engine's thread
 
-    def step(self, tokens: int) -> int:
-        """One micro-batch of about `tokens` tokens, at least one item; returns its tokens, 0 with nothing to do."""
+    def step(self, tokens: int, give_way: Callable[[], None] = lambda: None) -> int:
+        """One micro-batch of about `tokens` tokens, at least one item; returns its tokens, 0 with nothing to do. Calls
+        `give_way` between any two layers."""
+        self._give_way = give_way
         while self._asked:
             self._asked.popleft()()
         parts = self._collect(tokens)
@@ -135,7 +138,9 @@ class CoTrainer:
 
     def _forward(self, parts: list[_Part]) -> None:
         learn = parts[0].place.work.learn
-        outcomes = forward(self._base, [(p.place.work.adapter, p.items) for p in parts], record=learn)
+        outcomes = forward(
+            self._base, [(p.place.work.adapter, p.items) for p in parts], record=learn, give_way=self._give_way
+        )
         losses = [p.place.work.settle(p.numbers, o) for p, o in zip(parts, outcomes, strict=True)]
         if learn:
             torch.stack(losses).sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -29,9 +29,17 @@ class Outcome:
         return torch.stack([part.sum() for part in self.logprobs.split(self.counts)])
 
 
-def forward(base: Base, parts: Sequence[tuple[Adapter | None, list[Item]]], *, record: bool) -> list[Outcome]:
+def forward(
+    base: Base,
+    parts: Sequence[tuple[Adapter | None, list[Item]]],
+    *,
+    record: bool,
+    give_way: Callable[[], None] | None = None,
+) -> list[Outcome]:
     """One forward over every part's items, each part with its adapter, or the base alone; with `record` so that the
-    outcomes' log probabilities have a backward, which adds to the adapters' `gradients`."""
+    outcomes' log probabilities have a backward, which adds to the adapters' `gradients`.
+
+    `give_way` is called by every layer on the way, in the backward too."""
     spans: list[Span] = []
     segments: list[Segment] = []
     counts: list[list[int]] = []
@@ -58,6 +66,7 @@ def forward(base: Base, parts: Sequence[tuple[Adapter | None, list[Item]]], *, r
         positions=_joined(positions, device),
         spans=spans,
         segments=segments,
+        give_way=give_way,
         anchor=torch.zeros((), device=device, requires_grad=True) if record else None,
     )
     with torch.set_grad_enabled(record):

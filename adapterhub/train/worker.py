@@ -76,7 +76,7 @@ class Worker:
     def running(self) -> int:
         return int(self._trainer is not None)
 
-    def step(self, tokens: int) -> int:
+    def step(self, tokens: int, give_way: Callable[[], None]) -> int:
         """A piece of the job that trains now, on the engine's thread."""
         running = self._trainer
         return 0 if running is None else running[1].step(tokens)
