@@ -780,6 +780,7 @@ def test_what_training_gets_is_told(town: Town) -> None:
         idle = client.engine.stats().result(5)["engine"]["training"]
         assert idle == {
             "runs": 0,
+            "tokens": 0,
             "share": 0.0,
             "tokens_per_second": 0.0,
             "latency_slo": 1.3,
@@ -792,6 +793,7 @@ def test_what_training_gets_is_told(town: Town) -> None:
         assert work.over.wait(20)
         told = client.engine.stats().result(5)["engine"]["training"]
         assert told["runs"] == 0
+        assert told["tokens"] >= 10 * min(work.asked)
         assert 0 < told["share"] < 1
         assert told["tokens_per_second"] > 0
         assert 0 < told["idle_p95_ms"] <= told["p95_ms"]

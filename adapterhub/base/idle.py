@@ -49,6 +49,7 @@ class SpareTime:
         self._paused_until = 0.0  # by `time.monotonic`
         self._since = time.perf_counter()  # what comes next began then
         self._recent: deque[_Piece] = deque()
+        self._tokens = 0  # since the start
         self._training_threads = self._threads = torch.get_num_threads()
         self._serving_threads = serving_threads or self._training_threads
 
@@ -85,6 +86,7 @@ class SpareTime:
         self._since = time.perf_counter()
         if done:
             self._share.trained(self._since - started, done)
+            self._tokens += done
             self._recent.append(_Piece(self._since, self._since - started, done))
             self._forget(self._since)
         return True
@@ -109,6 +111,7 @@ class SpareTime:
         self._forget(time.perf_counter())
         return {
             "runs": self._work.running if self._work else 0,
+            "tokens": self._tokens,
             "share": round(min(1.0, sum(p.seconds for p in self._recent) / _RECENT_SECONDS), 3),
             "tokens_per_second": round(sum(p.tokens for p in self._recent) / _RECENT_SECONDS, 1),
             "latency_slo": self._share.slo,
