@@ -235,12 +235,8 @@ def plain(user: User, **changes: Any) -> httpx.Response:
 
 
 UNSUPPORTED: list[tuple[Callable[..., httpx.Response], str, Any]] = [
-    (chat, "tools", [{"type": "function", "function": {"name": "f"}}]),
-    (chat, "tool_choice", "required"),
     (chat, "functions", [{"name": "f"}]),
     (chat, "function_call", {"name": "f"}),
-    (chat, "response_format", {"type": "json_object"}),
-    (chat, "response_format", {"type": "json_schema", "json_schema": {}}),
     (chat, "modalities", ["text", "audio"]),
     (chat, "audio", {"voice": "alloy", "format": "wav"}),
     (chat, "web_search_options", {}),
@@ -309,11 +305,6 @@ def test_a_field_out_of_its_limits_is_refused_with_the_limit(
     user: User, ask: Callable[..., httpx.Response], changes: dict[str, Any], param: str, words: str
 ) -> None:
     refused(ask(user, **changes), 400, "invalid_value", words, param=param)
-
-
-def test_tool_calls_in_a_message_are_refused(user: User) -> None:
-    call = {"role": "assistant", "tool_calls": [{"id": "1", "type": "function", "function": {"name": "f"}}]}
-    refused(chat(user, messages=[*HELLO, call]), 400, "unsupported_parameter", "tool_calls", param="messages.1")
 
 
 def test_what_does_not_fit_into_the_context_is_refused_with_the_numbers(user: User) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from adapterhub.base.batch import Batch, Span
 from adapterhub.base.model import Base
 from adapterhub.errors import HubError, ServerFault
 from adapterhub.swap import peft
@@ -309,3 +310,35 @@ def test_an_adapter_of_other_ranks_and_scales_can_be_gone_on_from(base: Base) ->
     plain = Block(mixed.meta, mixed.payload)
     torch.testing.assert_close(block_of(news).payload, plain.payload, atol=1e-6, rtol=1e-5)
     assert block_of(news).meta == plain.meta
+
+
+# -- giving way
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox"])
+def test_forwards_of_others_in_the_middle_of_one_change_neither(family: str) -> None:
+    """Between any two layers, forward and backward: what the base says to others, and what is learned, is as ever."""
+    base = serving_twin(tiny_model(family))
+    prompt = torch.tensor(prompt_of(7))
+    batch = Batch(prompt, torch.arange(7), [Span(0, 7, 7)], [])
+    asked = 0
+
+    def ask() -> torch.Tensor:
+        with torch.no_grad():
+            return base.logits(batch, torch.arange(7))
+
+    expected = ask()
+
+    def give_way() -> None:
+        nonlocal asked
+        asked += 1
+        assert torch.equal(ask(), expected)
+
+    plan = make_plan(max_steps=2)
+    disturbed: list[News] = []
+    trainer = CoTrainer(base, lambda: None)
+    trainer.add(Run(base, plan, data_of(make_items()), None, disturbed.append))
+    while trainer.step(50, give_way):
+        pass
+    assert asked > 20
+    assert torch.equal(block_of(disturbed).payload, block_of(run(base, plan, make_items(), 50)).payload)

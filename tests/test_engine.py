@@ -709,7 +709,7 @@ class Counting:
     def running(self) -> int:
         return int(self.left > 0)
 
-    def step(self, tokens: int) -> int:
+    def step(self, tokens: int, give_way: Callable[[], None]) -> int:
         self.threads.add(threading.current_thread().name)
         self.seen.add(self.look())
         self.asked.add(tokens)
@@ -780,6 +780,7 @@ def test_what_training_gets_is_told(town: Town) -> None:
         idle = client.engine.stats().result(5)["engine"]["training"]
         assert idle == {
             "runs": 0,
+            "tokens": 0,
             "share": 0.0,
             "tokens_per_second": 0.0,
             "latency_slo": 1.3,
@@ -792,6 +793,7 @@ def test_what_training_gets_is_told(town: Town) -> None:
         assert work.over.wait(20)
         told = client.engine.stats().result(5)["engine"]["training"]
         assert told["runs"] == 0
+        assert told["tokens"] >= 10 * min(work.asked)
         assert 0 < told["share"] < 1
         assert told["tokens_per_second"] > 0
         assert 0 < told["idle_p95_ms"] <= told["p95_ms"]
@@ -857,3 +859,48 @@ def test_answers_are_those_of_each_alone_whatever_else_happens(town: Town) -> No
             else:
                 tokens = [o.token.id for o in client.heard(name) if o.token]
                 assert tokens == expected[: len(tokens)]
+
+
+class Long:
+    """A piece of training that is not done before `end` says so; it gives way all the time."""
+
+    running = 1
+
+    def __init__(self) -> None:
+        self.begun, self.end = threading.Event(), threading.Event()
+
+    def step(self, tokens: int, give_way: Callable[[], None]) -> int:
+        if self.end.is_set():
+            return 0
+        self.begun.set()
+        while not self.end.wait(1e-3):
+            give_way()
+        return tokens
+
+
+@contextmanager
+def within_a_piece(town: Town) -> Iterator[Client]:
+    """Of training, which ends after the block."""
+    work = Long()
+    with serving(town.base, town.directory) as client:
+        client.engine.set_idle_work(work)
+        try:
+            assert work.begun.wait(20)
+            yield client
+            assert not work.end.is_set()
+        finally:
+            work.end.set()
+        client.engine.check_integrity().result()
+
+
+def test_a_request_is_answered_in_the_middle_of_a_piece_of_training(town: Town) -> None:
+    with within_a_piece(town) as client:
+        for _ in range(3):
+            assert client.ask(prompt_of(30), max_tokens=20) == greedy(town.model, prompt_of(30), 20)
+
+
+def test_what_fails_in_the_middle_of_a_piece_of_training_does_not_reach_it(town: Town) -> None:
+    with within_a_piece(town) as client:
+        failed = client.submit("missing", prompt_of(3), AdapterRef("v", "0" * 64, 100))
+        assert isinstance(client.wait_for(failed)[-1].error, BlockDamaged)
+        assert client.ask(prompt_of(3)) == greedy(town.model, prompt_of(3), 8)

@@ -44,7 +44,11 @@ async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: 
 
 def _form(codec: TextCodec) -> Form:
     choice = partial(_choice, codec)
-    return Form("cmpl", "text_completion", "text_completion", choice, choice)
+
+    def part(piece: Piece) -> Json | None:
+        return choice(piece) if piece.text or piece.finish or piece.tokens else None
+
+    return Form("cmpl", "text_completion", "text_completion", choice, part)
 
 
 def _choice(codec: TextCodec, piece: Piece) -> Json:

@@ -16,6 +16,7 @@ from adapterhub.api.auth import Principal
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model, choose_model
+from adapterhub.base.grammar import Grammar
 from adapterhub.base.request import Origin, Sampling, Token
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.errors import BadRequest, BlockDamaged
@@ -150,12 +151,13 @@ class Generation:
         prompts: list[list[int]],
         request: GenerationRequest,
         plan: Sampling,
+        grammar: Grammar | None = None,
     ) -> None:
         self.id = secrets.token_hex(12)
         self.model = model
         self.prompt_tokens = sum(map(len, prompts))
         self._hub, self._caller, self._user, self._stops = hub, caller, request.user, request.stops
-        self._prompts, self._plan, self._each = prompts, plan, request.n or 1
+        self._prompts, self._plan, self._each, self._grammar = prompts, plan, request.n or 1, grammar
         self.choices = len(prompts) * self._each
         self.origin: Origin | None = None
         self.completion_tokens = 0
@@ -255,7 +257,7 @@ class Generation:
         adapter = version.ref if version else None
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
         held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
-        request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner)
+        request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner, self._grammar)
         outputs = self._hub.run(request)
         try:
             async for output in outputs:

@@ -15,6 +15,7 @@ from fastapi import Depends, Request
 from adapterhub.api.auth import KeyStore
 from adapterhub.api.steering import Steering, with_saved
 from adapterhub.base.engine import Engine
+from adapterhub.base.grammar import Grammars
 from adapterhub.base.model import Base
 from adapterhub.base.request import Output
 from adapterhub.base.request import Request as EngineRequest
@@ -53,6 +54,7 @@ class Hub:
         self._lock = lock
         self.base = base
         self.codec = TextCodec(base.tokenizer)
+        self.grammars = Grammars(base.tokenizer, base.end_tokens, base.vocabulary)
         self.database = Database(config.database)
         settings = Settings(self.database)
         self.config = config = with_saved(config, settings)
@@ -95,6 +97,7 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
+        self.grammars.close()
         if self.mirror is not None:
             self.mirror.stop()
         letting_go.cancel()

@@ -27,13 +27,13 @@ Json = dict[str, Any]
 @dataclass(frozen=True)
 class Form:
     """How an endpoint writes an answer: its ids and objects, a choice made of a whole answer, one made of a piece of
-    it, and what each choice of a stream begins with."""
+    it, None where that has nothing to tell, and what each choice of a stream begins with."""
 
     prefix: str
     whole_object: str
     chunk_object: str
     whole: Callable[[Piece], Json]
-    part: Callable[[Piece], Json]
+    part: Callable[[Piece], Json | None]
     opening: Callable[[int], Json] | None = None
 
 
@@ -73,8 +73,8 @@ async def _events(generation: Generation, head: Json, form: Form, wants_usage: b
             for index in range(generation.choices):
                 yield chunk([form.opening(index)])
         async for piece in generation.pieces():
-            if piece.text or piece.finish or piece.tokens:
-                yield chunk([form.part(piece)])
+            if (choice := form.part(piece)) is not None:
+                yield chunk([choice])
         if wants_usage:
             yield _event(head | {"choices": [], "usage": generation.usage})
         yield "data: [DONE]\n\n"

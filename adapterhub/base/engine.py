@@ -16,7 +16,7 @@ from itertools import islice
 from typing import Any
 
 from adapterhub.base.budgets import Budgets
-from adapterhub.base.idle import IdleWork, SpareTime
+from adapterhub.base.idle import Demand, IdleWork, SpareTime
 from adapterhub.base.inbox import Inbox, shutting_down
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base

@@ -59,6 +59,7 @@ class SpareTime:
         self._since = time.perf_counter()  # what comes next began then
         self._before = 0.0  # seconds of the piece under way, before it was interrupted
         self._recent: deque[_Piece] = deque()
+        self._tokens = 0  # since the start
         self._training_threads = self._threads = torch.get_num_threads()
         self._serving_threads = serving_threads or self._training_threads
 
@@ -139,6 +140,7 @@ class SpareTime:
         self._forget(time.perf_counter())
         return {
             "runs": self._work.running if self._work else 0,
+            "tokens": self._tokens,
             "share": round(min(1.0, sum(p.seconds for p in self._recent) / _RECENT_SECONDS), 3),
             "tokens_per_second": round(sum(p.tokens for p in self._recent) / _RECENT_SECONDS, 1),
             "latency_slo": self._share.slo,

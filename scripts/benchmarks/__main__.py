@@ -8,7 +8,7 @@ from pathlib import Path
 
 from figure import Figure
 
-from benchmarks import coldboot, decode, memory, policy, prefill, scale, start, trace
+from benchmarks import coldboot, decode, memory, policy, prefill, scale, start, trace, train
 from benchmarks.peers import Setting
 from benchmarks.report import DOCS, publish, save, show
 
@@ -21,6 +21,7 @@ BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "scale": scale.run,
     "trace": trace.run,
     "policy": policy.run,
+    "train": train.run,
 }
 TITLES = {name: (bench.__globals__["__doc__"] or "").strip() for name, bench in BENCHES.items()}
 

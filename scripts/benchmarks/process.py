@@ -2,7 +2,9 @@
 
 An order is {"load": path of a PEFT directory}, answered by the seconds that took; {"unload": null}, of the one loaded
 last; or {"prompt": token ids, "adapters": [number in the order of loading, or null for the base], "tokens": how many
-each}, answered by [seconds to the first token, seconds to the last] for each, from when the order came.
+each}, answered by [seconds to the first token, seconds to the last] for each, from when the order came. A library that
+trains gets {"train": lists of token ids, "prompt": how many of each are not learned, "batch": examples of a step,
+"steps": how many}, answered by [the seconds that it all took, a list of those that each step took].
 """
 
 from __future__ import annotations
@@ -29,6 +31,13 @@ class Times(NamedTuple):
     whole: float
 
 
+class Training(NamedTuple):
+    """In seconds."""
+
+    whole: float  # from the base to a saved adapter
+    steps: list[float]
+
+
 class PeerProcess:
     """The asking side."""
 
@@ -48,6 +57,9 @@ class PeerProcess:
         times = self._order({"prompt": prompt, "adapters": list(adapters), "tokens": tokens})
         answers = [Answer(first, whole, tokens) for first, whole in times]
         return Round(answers, max(a.whole for a in answers))
+
+    def train(self, examples: list[list[int]], prompt: int, batch: int, steps: int) -> Training:
+        return Training(*self._order({"train": examples, "prompt": prompt, "batch": batch, "steps": steps}))
 
     def _order(self, order: dict[str, Any]) -> Any:
         assert self._process.stdin is not None
@@ -91,6 +103,9 @@ class Library:
     def ask(self, prompt: list[int], adapters: list[int | None], tokens: int) -> list[Times]:
         raise NotImplementedError
 
+    def train(self, examples: list[list[int]], prompt: int, batch: int, steps: int) -> Training:
+        raise NotImplementedError
+
 
 def answer_orders(start: Callable[[str], Library]) -> None:
     """Takes orders from stdin until it is closed. What the library itself prints goes to stderr."""
@@ -104,6 +119,8 @@ def answer_orders(start: Callable[[str], Library]) -> None:
             result = library.load(order["load"])
         elif "unload" in order:
             library.unload()
+        elif "train" in order:
+            result = library.train(order["train"], order["prompt"], order["batch"], order["steps"])
         else:
             result = library.ask(order["prompt"], order["adapters"], order["tokens"])
         print(json.dumps(result), file=answers, flush=True)
