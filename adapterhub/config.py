@@ -69,6 +69,11 @@ class Config:
     train_jobs: int = 8  # that train at once
     owner_jobs: int = 4  # of them, those of one owner
     owner_queue: int = 32  # of one owner that have not ended, paused ones included
+    # the quotas of an owner for whom nothing else is set; None: no limit
+    owner_adapters: int | None = None
+    owner_bytes: int | None = None  # of files and versions together
+    owner_requests_per_minute: int | None = None
+    owner_tokens_per_minute: int | None = None  # prompts and answers
     load_threads: int = 2  # block files read at once
     max_waiting: int = 1024  # requests beyond those that run; one more is told to come back later
     request_seconds: float = 600.0  # from a request's arrival to its last token

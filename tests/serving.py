@@ -24,8 +24,8 @@ import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from adapterhub.api.app import create_app
-from adapterhub.api.auth import KeyStore
 from adapterhub.api.hub import Hub
+from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.base.embedded import EMBEDDED, base_path
 from adapterhub.base.model import load_base
 from adapterhub.config import MIB, Config

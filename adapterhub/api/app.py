@@ -15,7 +15,7 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from adapterhub import __version__
-from adapterhub.api import adapters, admin, chat, completions, files, jobs, models, versions
+from adapterhub.api import adapters, admin, chat, completions, files, jobs, keys, models, quotas, usage, versions
 from adapterhub.api.auth import principal
 from adapterhub.api.hub import opened
 from adapterhub.base.model import Base
@@ -24,11 +24,9 @@ from adapterhub.errors import (
     BadRequest,
     HubError,
     NotFound,
-    QuotaExceeded,
     ServerFault,
     StorageFull,
     TooLarge,
-    TooManyRequests,
 )
 
 log = logging.getLogger(__name__)
@@ -47,10 +45,11 @@ def create_app(config: Config, base: Base) -> FastAPI:
             yield
 
     app = FastAPI(title="AdapterHub", version=__version__, lifespan=lifespan)
-    for module in (files, jobs, models, chat, completions, adapters, admin):
+    for module in (files, jobs, models, chat, completions, adapters, admin, keys, quotas, usage):
         app.include_router(module.router)
-    for prefix, whose in (("/v1/adapters", versions.own), ("/admin/adapters", versions.anybodys)):
-        app.include_router(versions.router, prefix=prefix, tags=["versions"], dependencies=[Depends(whose)])
+    for router, own in ((versions.looking, versions.own_seen), (versions.router, versions.own_changed)):
+        for prefix, whose in (("/v1/adapters", own), ("/admin/adapters", versions.anybodys)):
+            app.include_router(router, prefix=prefix, tags=["versions"], dependencies=[Depends(whose)])
 
     @app.get("/healthz", include_in_schema=False)
     async def healthz() -> JSONResponse:
@@ -67,17 +66,13 @@ def create_app(config: Config, base: Base) -> FastAPI:
 
 def _answer(error: HubError, headers: Mapping[str, str] | None = None) -> Response:
     # in ASCII: a message may quote what no UTF-8 can say, such as half of a surrogate pair
-    return Response(json.dumps(error.body), error.status, headers, media_type="application/json")
+    both = {**error.headers, **(headers or {})}
+    return Response(json.dumps(error.body), error.status, both, media_type="application/json")
 
 
 async def _on_hub_error(_: Request, error: Exception) -> Response:
     assert isinstance(error, HubError)
-    headers = {}
-    if isinstance(error, TooManyRequests):
-        headers["retry-after"] = str(error.retry_after)
-    if isinstance(error, QuotaExceeded):
-        headers["x-should-retry"] = "false"  # an SDK would try again, in vain, as it does on any 429
-    return _answer(error, headers)
+    return _answer(error)
 
 
 async def _on_invalid(_: Request, error: Exception) -> Response:

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Inferring
 from adapterhub.api.calls import CallReader
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer
 from adapterhub.api.hub import Hub, TheHub
@@ -121,7 +121,7 @@ class ChatRequest(GenerationRequest):
 
 
 @router.post("/completions", response_model=None)
-async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Request) -> Response:
+async def create(hub: TheHub, caller: Inferring, body: ChatRequest, request: Request) -> Response:
     body.check_chat(hub)
     model = choose_model(hub, caller, body.model, body.user)
     called: set[str] = set()

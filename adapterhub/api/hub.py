@@ -12,8 +12,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from adapterhub.api.auth import KeyStore
 from adapterhub.api.steering import Steering, with_saved
+from adapterhub.api.tenancy.keys import KeyStore
+from adapterhub.api.tenancy.meter import Meter
+from adapterhub.api.tenancy.quotas import Limits, Quotas
+from adapterhub.api.tenancy.rates import Rates
+from adapterhub.api.tenancy.room import Room
+from adapterhub.api.tenancy.underway import Underway
+from adapterhub.api.tenancy.usage import Usage
 from adapterhub.base.engine import Engine
 from adapterhub.base.grammar import Grammars
 from adapterhub.base.model import Base
@@ -21,7 +27,7 @@ from adapterhub.base.request import Output
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.base.text import TextCodec
 from adapterhub.config import DISK_BYTES, Config
-from adapterhub.errors import BadRequest, Unavailable
+from adapterhub.errors import BadRequest, HubError, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
 from adapterhub.swap.disk import DiskTier
@@ -59,6 +65,12 @@ class Hub:
         settings = Settings(self.database)
         self.config = config = with_saved(config, settings)
         self.keys = KeyStore(self.database)
+        self.underway = Underway(self.keys)
+        self.quotas = Quotas(self.database, _limits(config))
+        self.rates = Rates(self.database, self.quotas)
+        self.room = Room(self.database, self.quotas)
+        self.usage = Usage(self.database)
+        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save))
         self.files = FileStore(self.database, config.uploads_dir)
         store = None
         if config.store is not None:
@@ -86,6 +98,7 @@ class Hub:
             log.info("removed %d files that an interrupted write had left", removed)
         self._make_admin_key()
         self.trace.start()
+        self.meter.start()
         if self.mirror is not None:
             self.mirror.start()
         self.engine.start()
@@ -97,6 +110,7 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
+        self.meter.stop()
         self.grammars.close()
         if self.mirror is not None:
             self.mirror.stop()
@@ -105,24 +119,31 @@ class Hub:
         self.database.close()
         os.close(self._lock)
 
-    async def run(self, request: EngineRequest) -> AsyncGenerator[Output]:
-        """The outputs of one request as they come. Leaving the iteration early cancels it.
+    async def run(self, request: EngineRequest, key: str) -> AsyncGenerator[Output]:
+        """The outputs of one request as they come. Leaving the iteration early cancels it, and so does revoking the
+        `key`, an id, on whose behalf it runs.
 
-        Raises ContextLengthExceeded, or whatever the request failed with.
+        Raises ContextLengthExceeded, Unauthorized, or whatever the request failed with.
         """
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._streams[request.id] = outputs
+
+        def end(error: HubError) -> None:
+            self.engine.cancel(request.id)
+            outputs.put_nowait(Output(request.id, error=error))
+
         done = False
         try:
             if not self.engine.alive:
                 raise Unavailable("The engine is not running; the server needs a restart.")
-            self.engine.submit(request)
-            while not done:
-                output = await outputs.get()
-                done = output.last
-                if output.error is not None:
-                    raise output.error
-                yield output
+            with self.underway.on_behalf(key, end):
+                self.engine.submit(request)
+                while not done:
+                    output = await outputs.get()
+                    done = output.last
+                    if output.error is not None:
+                        raise output.error
+                    yield output
         finally:
             del self._streams[request.id]
             if not done:
@@ -133,6 +154,7 @@ class Hub:
         for version in versions:
             self.engine.evict(version.digest)
             self.uses.forget([version.id])
+            self.meter.released(version.owner, version.name, version.nbytes, version.created_at)
 
     def pin(self, adapter: str, by: PinnedBy) -> None:
         """Keeps an adapter in memory, by its id, once it is there. Raises BadRequest when pins would hold too much."""
@@ -178,7 +200,19 @@ TheHub = Annotated[Hub, Depends(of_request)]
 async def opened(config: Config, base: Base) -> AsyncIterator[Hub]:
     hub = Hub(config, base)
     hub.start()
+    watch = asyncio.create_task(hub.underway.watch())
     try:
         yield hub
     finally:
+        watch.cancel()
         await asyncio.to_thread(hub.stop)
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        adapters=config.owner_adapters,
+        bytes=config.owner_bytes,
+        jobs=config.owner_queue,
+        requests_per_minute=config.owner_requests_per_minute,
+        tokens_per_minute=config.owner_tokens_per_minute,
+    )

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Caller, Training
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.pages import After, page
@@ -71,11 +71,12 @@ def event_object(event: Event) -> dict[str, Any]:
 
 
 @router.post("")
-def create(hub: TheHub, caller: Caller, body: JobRequest, request: Request) -> dict[str, Any]:
+def create(hub: TheHub, caller: Training, body: JobRequest, request: Request) -> dict[str, Any]:
     order = _check(hub, caller.owner, body, request.headers.get("idempotency-key"))
     retried = request.headers.get("x-stainless-retry-count", "0") != "0"  # an SDK says so of its own retries
     job, new = hub.jobs.create(order, retry=retried)
     if new:
+        hub.usage.follow_job(job.id, caller.owner, caller.key)
         hub.worker.wake()
     return job_object(job)
 
@@ -97,7 +98,7 @@ def retrieve(hub: TheHub, caller: Caller, job_id: str) -> dict[str, Any]:
 
 
 @router.post("/{job_id}/cancel")
-def cancel(hub: TheHub, caller: Caller, job_id: str) -> dict[str, Any]:
+def cancel(hub: TheHub, caller: Training, job_id: str) -> dict[str, Any]:
     job = hub.jobs.cancel(caller.owner, job_id)
     hub.worker.wake()
     return job_object(job)
