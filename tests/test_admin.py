@@ -321,7 +321,7 @@ def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
             ({"disk_bytes": 1.5}, "disk_bytes", "valid integer"),
             ({"ram_bytes": 2**60}, "ram_bytes", "less than or equal to"),
             ({"pool": 1}, "pool", "not permitted"),
-            ({"device_bytes": 2**50, "disk_bytes": 100 * KIB}, None, "The device has no 1024.0 TiB"),
+            ({"device_bytes": 2**50, "disk_bytes": 100 * KIB}, None, "A pool of 1024.0 TiB"),
             ({"device_bytes": 10 * KIB, "disk_bytes": 100 * KIB}, None, "pinned or in use would not fit"),
             ({"device_bytes": 100 * KIB, "disk_bytes": KIB}, None, "do not fit into 1.0 KiB"),
         ):
@@ -330,6 +330,7 @@ def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
             assert message in said
         assert tiers(server)["device"] == before["device"]
         assert tiers(server)["ram"] == before["ram"]
+        assert tiers(server)["disk"]["budget_bytes"] == before["disk"]["budget_bytes"]
 
 
 def test_rules_are_tried_before_they_are_set_and_are_there_after_a_restart(
