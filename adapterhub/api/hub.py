@@ -110,7 +110,6 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
-        self.grammars.close()
         self.meter.stop()
         self.grammars.close()
         if self.mirror is not None:
