@@ -379,6 +379,9 @@ BODIES: dict[tuple[str, str], dict[str, Any]] = {
     ("POST", "/v1/chat/completions"): {"json": {"model": BASE, "messages": HELLO}},
     ("POST", "/v1/completions"): {"json": {"model": BASE, "prompt": "Hello"}},
     ("POST", "/v1/files"): {"data": {"purpose": "fine-tune"}, "files": {"file": ("a.jsonl", b"{}")}},
+    ("POST", "/v1/uploads"): {"json": {"bytes": 2, "filename": "a", "mime_type": "text/plain", "purpose": "fine-tune"}},
+    ("POST", "/v1/uploads/{upload_id}/parts"): {"files": {"data": ("a", b"{}")}},
+    ("POST", "/v1/uploads/{upload_id}/complete"): {"json": {"part_ids": ["part-none"]}},
     ("POST", "/v1/fine_tuning/jobs"): {"json": {"model": BASE, "training_file": "file-none"}},
 }
 
@@ -405,7 +408,10 @@ class Ids:
             (f"{owner.owner}/mine", f"{owner.owner}/none"),
             (f"{owner.owner}/mine@1", f"{owner.owner}/mine@9"),
         ]
+        fields: Any = {"filename": "a", "mime_type": "text/plain", "purpose": "fine-tune"}
+        self.upload = owner.openai.uploads.create(bytes=2, **fields).id
         self.by_parameter = {
+            "upload_id": [(self.upload, unknown(self.upload))],
             "file_id": [(self.file, unknown(self.file))],
             "job_id": [(self.job, unknown(self.job))],
             "adapter_id": [(self.adapter["id"], unknown(self.adapter["id"]))],

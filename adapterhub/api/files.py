@@ -16,6 +16,7 @@ from adapterhub.errors import BadRequest, TooLarge
 from adapterhub.train.files import StoredFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+NO_EXPIRY = "expires_after is not supported: files stay until they are deleted."
 
 
 def file_object(file: StoredFile) -> dict[str, Any]:
@@ -34,7 +35,7 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 
 async def refuse_expiry(request: Request) -> None:
     if any(name.startswith("expires_after") for name in await request.form()):
-        raise BadRequest("expires_after is not supported: files stay until they are deleted.", param="expires_after")
+        raise BadRequest(NO_EXPIRY, param="expires_after")
 
 
 @router.post("", dependencies=[Depends(refuse_expiry)])

@@ -43,6 +43,7 @@ from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
 from adapterhub.train.files import FileStore
 from adapterhub.train.jobs import JobStore
+from adapterhub.train.uploads import UploadStore
 from adapterhub.train.worker import Worker
 
 log = logging.getLogger(__name__)
@@ -70,8 +71,9 @@ class Hub:
         self.rates = Rates(self.database, self.quotas)
         self.room = Room(self.database, self.quotas)
         self.usage = Usage(self.database)
-        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save))
         self.files = FileStore(self.database, config.uploads_dir)
+        self.uploads = UploadStore(self.database, self.files, config.parts_dir)
+        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save, self.uploads.expire))
         store = None
         if config.store is not None:
             store = Store.open(config.store, server_id(self.database), config.data_dir)
@@ -93,10 +95,10 @@ class Hub:
     def start(self) -> None:
         """Within the event loop that will serve."""
         self._loop = asyncio.get_running_loop()
-        removed = self.files.clean_up() + self.registry.clean_up()
+        removed = self.files.clean_up() + self.uploads.clean_up() + self.registry.clean_up()
         if removed:
             log.info("removed %d files that an interrupted write had left", removed)
-        self._make_admin_key()
+        self.operators_key = self._admin_key()
         self.trace.start()
         self.meter.start()
         if self.mirror is not None:
@@ -149,6 +151,11 @@ class Hub:
             if not done:
                 self.engine.cancel(request.id)
 
+    def cut_off(self) -> None:
+        """Ends whatever answers are under way, which are told why."""
+        for request, outputs in self._streams.items():
+            outputs.put_nowait(Output(request, error=Unavailable("The server is stopping. Ask again in a moment.")))
+
     def forget(self, versions: Iterable[Version]) -> None:
         """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""
         for version in versions:
@@ -181,12 +188,13 @@ class Hub:
             if (stream := self._streams.get(output.request)) is not None:
                 stream.put_nowait(output)
 
-    def _make_admin_key(self) -> None:
-        """On a first start: a key for the operator, in a file that only they can read."""
+    def _admin_key(self) -> str:
+        """The operator's, in a file that only they can read; made on a first start."""
         path = self.config.admin_key_file
         path.touch(mode=0o600)
         if not path.read_text().strip():
             path.write_text(self.keys.create(ADMIN_OWNER, admin=True) + "\n")
+        return path.read_text().strip()
 
 
 def of_request(request: Request) -> Hub:

@@ -22,7 +22,8 @@ _NAMES = """
 """  # of the adapters that an owner has, or will have when their jobs have ended
 _BYTES = """
     select (select coalesce(sum(v.nbytes), 0) from versions v join adapters a on a.id = v.adapter where a.owner = ?1)
-         + (select coalesce(sum(bytes), 0) from files where owner = ?1) as n
+         + (select coalesce(sum(bytes), 0) from files where owner = ?1)
+         + (select coalesce(sum(bytes), 0) from uploads where owner = ?1 and status = 'pending') as n
 """
 _JOBS = "select count(*) as n from jobs where owner = ?1 and finished_at is null"
 
