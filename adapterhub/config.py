@@ -96,8 +96,8 @@ class Config:
     def __post_init__(self) -> None:
         if self.no_auth and not is_loopback(self.host):
             raise BadRequest(
-                f"--no-auth lets in whoever can reach {self.host}. It goes with --host 127.0.0.1 alone; elsewhere, make "
-                "keys (`adapterhub keys create OWNER`)."
+                f"--no-auth lets in whoever can reach {self.host}. It goes with --host 127.0.0.1 alone; elsewhere, "
+                "make keys (`adapterhub keys create OWNER`)."
             )
 
     @property

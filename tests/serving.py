@@ -20,11 +20,13 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from adapterhub.api.app import create_app
+from adapterhub.api.connection import Connection
 from adapterhub.api.hub import Hub
+from adapterhub.api.server import Server as HttpServer
+from adapterhub.api.server import listen
 from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.base.embedded import EMBEDDED, base_path
 from adapterhub.base.model import load_base
@@ -215,20 +217,25 @@ class Server:
 
 
 @contextmanager
-def running(config: Config, *, change: Callable[[Any], None] = lambda app: None, grace: int = 10) -> Iterator[Server]:
+def running(
+    config: Config,
+    *,
+    change: Callable[[Any], None] = lambda app: None,
+    grace: float = 10,
+    connection: type[Connection] = Connection,
+) -> Iterator[Server]:
     """A real uvicorn on a free port, in a thread. `change` sees the application before it starts; `grace` is how many
     seconds requests have to end when it stops."""
     app = create_app(config, load_base(config))
     change(app)
-    settings = uvicorn.Config(app, port=0, log_level="error", lifespan="on", timeout_graceful_shutdown=grace)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, name="server")
+    listener = listen("127.0.0.1", 0)
+    server = HttpServer(app, listener, drain_seconds=grace, connection=connection)
+    thread = threading.Thread(target=server.serve_forever, name="server")
     thread.start()
     try:
         eventually(lambda: server.started or not thread.is_alive())
         assert server.started, "the server did not start"
-        port = server.servers[0].sockets[0].getsockname()[1]
-        started = Server(f"http://127.0.0.1:{port}", app.state.hub)
+        started = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.hub)
         try:
             yield started
             app.state.hub.engine.check_integrity().result(timeout=SECONDS)

@@ -96,7 +96,9 @@ async def _on_http(request: Request, error: Exception) -> Response:
         return error_response(cause)
     if isinstance(cause, OSError):  # an upload is set aside in a temporary file until it is whole
         log.error("an upload could not be taken in: %s", cause)
-        return error_response(StorageFull("The server has no room to take this in. Try again later, or ask the operator."))
+        return error_response(
+            StorageFull("The server has no room to take this in. Try again later, or ask the operator.")
+        )
     if cause is not None:
         return error_response(BadRequest(f"The body cannot be read: {cause}.", code="invalid_json"))
     if error.status_code == 404:
