@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTr
 
 from adapterhub.api.app import create_app
 from adapterhub.api.connection import Connection
+from adapterhub.api.gate import Gate
 from adapterhub.api.hub import Hub
 from adapterhub.api.server import Server as HttpServer
 from adapterhub.api.server import listen
@@ -185,8 +186,8 @@ def chat_lines(count: int = 12, answer: str = "Aye") -> bytes:
 class Server:
     """A started server. `user` makes a new owner each time, so that tests do not see one another."""
 
-    def __init__(self, url: str, hub: Hub) -> None:
-        self.url, self.hub = url, hub
+    def __init__(self, url: str, hub: Hub, gate: Gate) -> None:
+        self.url, self.hub, self.gate = url, hub, gate
         self.data_dir = hub.config.data_dir
         self._users: list[User] = []
         self.admin = self.as_user("admin", hub.config.admin_key_file.read_text().strip())
@@ -235,7 +236,7 @@ def running(
     try:
         eventually(lambda: server.started or not thread.is_alive())
         assert server.started, "the server did not start"
-        started = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.hub)
+        started = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.hub, app.state.gate)
         try:
             yield started
             app.state.hub.engine.check_integrity().result(timeout=SECONDS)
@@ -313,9 +314,9 @@ class Process:
         """`kill -9`."""
         self._end(signal.SIGKILL)
 
-    def stop(self) -> int:
-        """What Ctrl-C does; returns the exit status."""
-        return self._end(signal.SIGINT)
+    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """What Ctrl-C does, or another signal; returns the exit status."""
+        return self._end(how)
 
     def _end(self, how: signal.Signals) -> int:
         assert self._process is not None

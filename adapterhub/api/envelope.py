@@ -88,7 +88,7 @@ class Envelope:
             try:
                 await self._admit(scope, receive, labelled)
             except Exception:
-                log.exception("%s %s failed", scope["method"], _route(scope))
+                log.exception("%s %s failed (%s)", scope["method"], _route(scope), request_id)
                 if status:  # nothing can be said any more but by hanging up
                     raise
                 fault = ServerFault("The server met an unexpected error. Its log says more.")
