@@ -23,6 +23,7 @@ from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.database import Database, now
 from tests.serving import (
     BASE,
+    PeftFiles,
     Server,
     User,
     chat_lines,
@@ -34,7 +35,7 @@ from tests.serving import (
 )
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
-OPEN = {("GET", path) for path in ("/healthz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")}
+OPEN = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")}
 
 
 @pytest.fixture
@@ -504,3 +505,17 @@ def same(asking: Callable[[str], httpx.Response], theirs: str, none: str) -> Non
         assert said[0] == said[1]
     assert answers[0].status_code == answers[1].status_code
     assert answers[0].status_code in (400, 404), answers[0].request.url
+
+
+def test_that_somebody_else_has_the_very_same_adapter_shows_nowhere(server: Server, adapter: PeftFiles) -> None:
+    one, other = server.user(), server.user()
+    theirs = one.import_adapter(adapter, "mine")
+    one.tier(theirs["model"])
+    one.tier(theirs["model"])
+    found = other.import_adapter(adapter, "mine")
+    assert one.http.get(f"/v1/adapters/{theirs['id']}").json()["tier"] == "device"
+    assert found["tier"] == "disk"
+    assert found["versions"][0]["digest"] != theirs["versions"][0]["digest"]
+    assert other.tier(found["model"]) == "disk"
+    one.http.delete(f"/v1/adapters/{theirs['id']}").raise_for_status()
+    assert other.tier(found["model"]) == "device"

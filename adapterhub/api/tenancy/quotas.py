@@ -36,6 +36,11 @@ class Limits:
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
 
+    @property
+    def rates(self) -> bool:
+        """Whether there is any limit per minute."""
+        return self.requests_per_minute is not None or self.tokens_per_minute is not None
+
 
 KINDS = tuple(field.name for field in fields(Limits))
 Given = Mapping[str, int | None]  # some of the fields of `Limits`

@@ -67,6 +67,8 @@ class Rates:
         """Lets a request in that sets `tokens` aside. Raises RateLimited, which says when to come back; nothing has
         been taken then."""
         limits = self._quotas.of(owner)
+        if not limits.rates:
+            return Admission(owner, 0)
         with self._lock:
             now, account = self._clock(), self._account(owner)
             asked = (
@@ -98,14 +100,19 @@ class Rates:
     def settle(self, admission: Admission, tokens: int) -> None:
         """A request has ended, and took so many tokens."""
         limits = self._quotas.of(admission.owner)
+        if not limits.rates:
+            return
         with self._lock:
             self._take(self._account(admission.owner), limits, 0, tokens - admission.tokens, self._clock())
             self._changed.add(admission.owner)
 
     def headers(self, owner: str) -> dict[str, str]:
         """What there is of each limit, as OpenAI's servers say it; nothing of what has none."""
+        limits = self._quotas.of(owner)
+        if not limits.rates:
+            return {}
         with self._lock:
-            return self._headers(self._account(owner), self._quotas.of(owner), self._clock())
+            return self._headers(self._account(owner), limits, self._clock())
 
     def save(self) -> None:
         """Writes down what is owed where that has changed since the last time."""
