@@ -202,7 +202,7 @@ class Server:
 
     def stored(self) -> set[str]:
         """The files that uploads and adapters lie in, once no job is left that might add one."""
-        eventually(lambda: all(job.status.final for job in self.hub.jobs.list(None)))
+        eventually(lambda: not self.hub.jobs.under_way())
         folders = (self.hub.config.uploads_dir, self.hub.config.blobs_dir)
         return {str(path.relative_to(self.data_dir)) for folder in folders for path in folder.iterdir()}
 

@@ -41,10 +41,16 @@ from adapterhub.swap.settings import Settings
 from adapterhub.swap.store import Store
 from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
+from adapterhub.train.conductor import Conductor
+from adapterhub.train.cotrainer import CoTrainer
 from adapterhub.train.files import FileStore
 from adapterhub.train.jobs import JobStore
+from adapterhub.train.publish import Publisher
+from adapterhub.train.starter import Starter
 from adapterhub.train.uploads import UploadStore
+from adapterhub.train.validator import Validator
 from adapterhub.train.worker import Worker
+from adapterhub.train.workspace import Workspaces
 
 log = logging.getLogger(__name__)
 ADMIN_OWNER = "admin"
@@ -90,7 +96,9 @@ class Hub:
         self.uses = Uses()
         self.engine = Engine(base, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
         self.steering = Steering(self.engine, self.disk, settings)
-        self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
+        self.trainer = CoTrainer(base, self.engine.wake)
+        self.engine.set_idle_work(self.trainer)
+        self.worker = self._worker()
 
     def start(self) -> None:
         """Within the event loop that will serve."""
@@ -167,6 +175,22 @@ class Hub:
         """Keeps an adapter in memory, by its id, once it is there. Raises BadRequest when pins would hold too much."""
         device_bytes = self.engine.stats().result()["tiers"]["device"]["budget_bytes"]
         self.registry.pins.pin(adapter, by, device_bytes)
+
+    def _worker(self) -> Worker:
+        config, workspaces = self.config, Workspaces(self.config.jobs_dir)
+        publisher = Publisher(self.database, self.registry, self.files, self.jobs, self.base.name, self.forget)
+        validator = Validator(self.engine, self.codec, self.database, self.registry, self.files, self.jobs, workspaces)
+        starter = Starter(self.base, self.registry, self.jobs, workspaces)
+        conductor = Conductor(
+            self.trainer,
+            self.jobs,
+            workspaces,
+            starter,
+            publisher,
+            places=config.train_jobs,
+            owner_places=config.owner_jobs,
+        )
+        return Worker(validator, conductor)
 
     def _keep_in_memory(self, digest: str, pinned: bool) -> None:
         """In memory, for as long as some adapter pins it."""
