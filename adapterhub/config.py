@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import re
 from dataclasses import dataclass
@@ -42,9 +43,20 @@ def default_data_dir() -> Path:
     return Path(os.environ.get("XDG_DATA_HOME") or Path.home() / ".local" / "share") / "adapterhub"
 
 
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches that address; names are looked up by nobody, so only localhost is known."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a server is started with. Sizes are bytes; a size of None is chosen when the device is known."""
+    """What a server is started with. Sizes are bytes; a size of None is chosen when the device is known.
+
+    Raises BadRequest for `no_auth` on an address that others can reach.
+    """
 
     data_dir: Path
     base: str = "smollm2-135m-instruct"
@@ -69,9 +81,24 @@ class Config:
     train_jobs: int = 8  # that train at once
     owner_jobs: int = 4  # of them, those of one owner
     owner_queue: int = 32  # of one owner that have not ended, paused ones included
+    # the quotas of an owner for whom nothing else is set; None: no limit
+    owner_adapters: int | None = None
+    owner_bytes: int | None = None  # of files and versions together
+    owner_requests_per_minute: int | None = None
+    owner_tokens_per_minute: int | None = None  # prompts and answers
     load_threads: int = 2  # block files read at once
     max_waiting: int = 1024  # requests beyond those that run; one more is told to come back later
     request_seconds: float = 600.0  # from a request's arrival to its last token
+    body_seconds: float = 30.0  # that a body may take, besides a second for each 4 KiB of it
+    drain_seconds: float = 20.0  # for answers that are under way when the server is told to stop
+    no_auth: bool = False  # whoever comes is the operator: for servers that this machine alone can reach
+
+    def __post_init__(self) -> None:
+        if self.no_auth and not is_loopback(self.host):
+            raise BadRequest(
+                f"--no-auth lets in whoever can reach {self.host}. It goes with --host 127.0.0.1 alone; elsewhere, "
+                "make keys (`adapterhub keys create OWNER`)."
+            )
 
     @property
     def database(self) -> Path:
@@ -84,6 +111,10 @@ class Config:
     @property
     def uploads_dir(self) -> Path:
         return self.data_dir / "uploads"
+
+    @property
+    def parts_dir(self) -> Path:
+        return self.data_dir / "parts"
 
     @property
     def jobs_dir(self) -> Path:

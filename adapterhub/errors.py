@@ -12,7 +12,8 @@
     ├── NotFound 404
     ├── TooLarge 413
     ├── TooManyRequests 429
-    ├── QuotaExceeded 429         too much under way of one owner's; trying again at once does not help
+    │   └── RateLimited           an owner's requests or tokens of this minute are used up
+    ├── QuotaExceeded 429         too much kept or under way of one owner's; trying again at once does not help
     ├── ServerFault 500
     │   └── BlockDamaged          a block file is missing, truncated or does not match its digest
     ├── Unavailable 503
@@ -24,6 +25,7 @@ A message names the value, the limit and what to do about it; it is shown to use
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -43,6 +45,11 @@ class HubError(Exception):
     def body(self) -> dict[str, Any]:
         """OpenAI's error shape."""
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """What an answer with this error says besides."""
+        return {}
 
 
 class BadRequest(HubError):
@@ -76,6 +83,10 @@ class Unauthorized(HubError):
     type = "invalid_request_error"
     code = "invalid_api_key"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"www-authenticate": "Bearer"}
+
 
 class Forbidden(HubError):
     status = 403
@@ -103,11 +114,34 @@ class TooManyRequests(HubError):
     code = "queue_full"
     retry_after = 1
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": str(self.retry_after)}
+
+
+class RateLimited(TooManyRequests):
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, *, retry_after: int, headers: Mapping[str, str]) -> None:
+        """`headers` say how much there is of which limit."""
+        super().__init__(message)
+        self.retry_after = retry_after
+        self._limits = headers
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {**super().headers, **self._limits}
+
 
 class QuotaExceeded(HubError):
     status = 429
     type = "rate_limit_error"
     code = "exceeded_quota"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """An SDK would try again at once, in vain, as it does on any 429."""
+        return {"retry-after": "60", "x-should-retry": "false"}
 
 
 class ServerFault(HubError):

@@ -46,7 +46,7 @@ REFUSALS = {"store_unavailable", "disk_full", "storage_full"}  # what a store th
 
 
 _nursery = multiprocessing.get_context("forkserver")
-_nursery.set_forkserver_preload(["__main__", "adapterhub.cli.serve", "transformers.models.llama.modeling_llama"])
+_nursery.set_forkserver_preload(["__main__", "adapterhub.api.app", "transformers.models.llama.modeling_llama"])
 
 
 class Forked(Process):
@@ -138,6 +138,7 @@ class Home:
                 self._check()
                 if number % DOCTOR == 0 or number == kills:
                     self._ask_doctor()
+                    print(f"{self.title}: {number} kills", flush=True)
                 if self.faults:
                     self.faults = [f"{self.title}, after kill {number}: {fault}" for fault in self.faults]
                     return

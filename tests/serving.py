@@ -20,12 +20,15 @@ import httpx
 import openai
 import pytest
 import torch
-import uvicorn
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from adapterhub.api.app import create_app
-from adapterhub.api.auth import KeyStore
+from adapterhub.api.connection import Connection
+from adapterhub.api.gate import Gate
 from adapterhub.api.hub import Hub
+from adapterhub.api.server import Server as HttpServer
+from adapterhub.api.server import listen
+from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.base.embedded import EMBEDDED, base_path
 from adapterhub.base.model import load_base
 from adapterhub.config import MIB, Config
@@ -183,8 +186,8 @@ def chat_lines(count: int = 12, answer: str = "Aye") -> bytes:
 class Server:
     """A started server. `user` makes a new owner each time, so that tests do not see one another."""
 
-    def __init__(self, url: str, hub: Hub) -> None:
-        self.url, self.hub = url, hub
+    def __init__(self, url: str, hub: Hub, gate: Gate) -> None:
+        self.url, self.hub, self.gate = url, hub, gate
         self.data_dir = hub.config.data_dir
         self._users: list[User] = []
         self.admin = self.as_user("admin", hub.config.admin_key_file.read_text().strip())
@@ -199,7 +202,7 @@ class Server:
 
     def stored(self) -> set[str]:
         """The files that uploads and adapters lie in, once no job is left that might add one."""
-        eventually(lambda: all(job.status.final for job in self.hub.jobs.list(None)))
+        eventually(lambda: not self.hub.jobs.under_way())
         folders = (self.hub.config.uploads_dir, self.hub.config.blobs_dir)
         return {str(path.relative_to(self.data_dir)) for folder in folders for path in folder.iterdir()}
 
@@ -215,20 +218,25 @@ class Server:
 
 
 @contextmanager
-def running(config: Config, *, change: Callable[[Any], None] = lambda app: None, grace: int = 10) -> Iterator[Server]:
+def running(
+    config: Config,
+    *,
+    change: Callable[[Any], None] = lambda app: None,
+    grace: float = 10,
+    connection: type[Connection] = Connection,
+) -> Iterator[Server]:
     """A real uvicorn on a free port, in a thread. `change` sees the application before it starts; `grace` is how many
     seconds requests have to end when it stops."""
     app = create_app(config, load_base(config))
     change(app)
-    settings = uvicorn.Config(app, port=0, log_level="error", lifespan="on", timeout_graceful_shutdown=grace)
-    server = uvicorn.Server(settings)
-    thread = threading.Thread(target=server.run, name="server")
+    listener = listen("127.0.0.1", 0)
+    server = HttpServer(app, listener, drain_seconds=grace, connection=connection)
+    thread = threading.Thread(target=server.serve_forever, name="server")
     thread.start()
     try:
         eventually(lambda: server.started or not thread.is_alive())
         assert server.started, "the server did not start"
-        port = server.servers[0].sockets[0].getsockname()[1]
-        started = Server(f"http://127.0.0.1:{port}", app.state.hub)
+        started = Server(f"http://127.0.0.1:{listener.getsockname()[1]}", app.state.hub, app.state.gate)
         try:
             yield started
             app.state.hub.engine.check_integrity().result(timeout=SECONDS)
@@ -306,9 +314,9 @@ class Process:
         """`kill -9`."""
         self._end(signal.SIGKILL)
 
-    def stop(self) -> int:
-        """What Ctrl-C does; returns the exit status."""
-        return self._end(signal.SIGINT)
+    def stop(self, how: signal.Signals = signal.SIGINT) -> int:
+        """What Ctrl-C does, or another signal; returns the exit status."""
+        return self._end(how)
 
     def _end(self, how: signal.Signals) -> int:
         assert self._process is not None

@@ -170,27 +170,27 @@ def test_a_pin_is_on_the_block_of_the_current_version_alone_unless_another_pin_i
     base_directory: Path, tmp_path: Path, adapter: PeftFiles, other_adapter: PeftFiles
 ) -> None:
     with small(base_directory, tmp_path, device_bytes=512 * KIB) as server:
-        one, other = server.user(), server.user()
-        mine, theirs = one.import_adapter(adapter, "mine"), other.import_adapter(adapter, "theirs")
-        for user, imported in ((one, mine), (other, theirs)):
+        user = server.user()
+        mine, same = (user.import_adapter(adapter, name) for name in ("mine", "same"))
+        for imported in (mine, same):
             user.http.post(f"/v1/adapters/{imported['id']}/pin").raise_for_status()
-        one.tier(mine["model"])
+        user.tier(mine["model"])
         pinned = lambda: tiers(server)["device"]["pinned"]  # noqa: E731
         assert pinned() == 1, "two pins of the same block"
-        one.import_adapter(other_adapter, "mine")
+        user.import_adapter(other_adapter, "mine")
         assert pinned() == 1, "the other one still has it"
-        other.import_adapter(other_adapter, "theirs")
-        assert pinned() == 0, "it is nobody's current version, and the new one was not asked for yet"
-        one.tier(mine["model"])
+        user.import_adapter(other_adapter, "same")
+        assert pinned() == 0, "it is no adapter's current version, and the new one was not asked for yet"
+        user.tier(mine["model"])
         assert pinned() == 1
-        newest = one.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][0]["model"]
-        other.http.delete(f"/v1/adapters/{theirs['id']}").raise_for_status()
-        assert one.tier(mine["model"]) == "disk", "a deleted adapter's block leaves"
-        one.tier(one.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][1]["model"])
+        newest = user.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][0]["model"]
+        user.http.delete(f"/v1/adapters/{same['id']}").raise_for_status()
+        assert user.tier(mine["model"]) == "disk", "a deleted adapter's block leaves"
+        user.tier(user.http.get(f"/v1/adapters/{mine['id']}").json()["versions"][1]["model"])
         assert pinned() == 1
-        one.http.delete(f"/v1/models/{newest}").raise_for_status()
+        user.http.delete(f"/v1/models/{newest}").raise_for_status()
         assert pinned() == 1, "the version before is the current one again"
-        one.http.post(f"/v1/adapters/{mine['id']}/unpin").raise_for_status()
+        user.http.post(f"/v1/adapters/{mine['id']}/unpin").raise_for_status()
         assert pinned() == 0
 
 
@@ -321,7 +321,7 @@ def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
             ({"disk_bytes": 1.5}, "disk_bytes", "valid integer"),
             ({"ram_bytes": 2**60}, "ram_bytes", "less than or equal to"),
             ({"pool": 1}, "pool", "not permitted"),
-            ({"device_bytes": 2**50, "disk_bytes": 100 * KIB}, None, "The device has no 1024.0 TiB"),
+            ({"device_bytes": 2**50, "disk_bytes": 100 * KIB}, None, "A pool of 1024.0 TiB"),
             ({"device_bytes": 10 * KIB, "disk_bytes": 100 * KIB}, None, "pinned or in use would not fit"),
             ({"device_bytes": 100 * KIB, "disk_bytes": KIB}, None, "do not fit into 1.0 KiB"),
         ):
@@ -330,6 +330,7 @@ def test_a_budget_that_cannot_be_is_refused_and_nothing_changes(
             assert message in said
         assert tiers(server)["device"] == before["device"]
         assert tiers(server)["ram"] == before["ram"]
+        assert tiers(server)["disk"]["budget_bytes"] == before["disk"]["budget_bytes"]
 
 
 def test_rules_are_tried_before_they_are_set_and_are_there_after_a_restart(

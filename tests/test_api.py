@@ -108,6 +108,7 @@ def test_a_job_shows_what_was_asked_for_and_then_what_it_does(user: User) -> Non
     assert made.status == "validating_files"
     assert (made.model, made.training_file, made.seed, made.metadata) == (BASE, file, 5, {"team": "a"})
     assert (made.organization_id, made.user_provided_suffix) == (user.owner, "tone")
+    assert made.validation_file is None
     assert (made.fine_tuned_model, made.finished_at, made.error, made.result_files) == (None, None, None, [])
     assert made.hyperparameters.n_epochs == 1
     done = user.job(made.id, "succeeded")
@@ -141,8 +142,33 @@ def test_jobs_are_listed_newest_first_by_page_and_metadata(user: User) -> None:
     assert ([j.id for j in page.data], page.has_more) == ([made[3], made[2]], True)
     page = jobs.list(after=made[2], limit=2)
     assert ([j.id for j in page.data], page.has_more) == ([made[1], made[0]], False)
-    for job in made:
+    plain = jobs.create(model=BASE, training_file=file, hyperparameters={"n_epochs": 1}).id
+    assert [j["id"] for j in user.http.get("/v1/fine_tuning/jobs?metadata=null").json()["data"]] == [plain]
+    for job in (*made, plain):
         user.job(job, "succeeded")
+
+
+def test_a_dpo_job_learns_from_pairs_with_a_validation_file(user: User) -> None:
+    pair = (
+        '{"input": {"messages": [{"role": "user", "content": "Say %d"}]}, '
+        '"preferred_output": [{"role": "assistant", "content": "Aye"}], '
+        '"non_preferred_output": [{"role": "assistant", "content": "No"}]}'
+    )
+    training, validation = ("\n".join(pair % i for i in range(a, b)).encode() for a, b in ((0, 12), (12, 16)))
+    method: Any = {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 3}}}
+    made = user.openai.fine_tuning.jobs.create(
+        model=BASE, training_file=user.upload(training), validation_file=user.upload(validation), method=method
+    )
+    done = user.job(made.id, "succeeded")
+    assert done.method is not None
+    assert (done.method.type, done.validation_file) == ("dpo", made.validation_file)
+    assert done.method.dpo is not None
+    assert done.method.dpo.hyperparameters.beta == 0.2
+    shown = user.http.get(f"/v1/fine_tuning/jobs/{made.id}").json()
+    assert [shown["report"][part]["items"] for part in ("training", "validation")] == [12, 4]
+    assert shown["estimate"]["tokens"] == shown["trained_tokens"]
+    assert shown["proof"]["passed"]
+    assert shown["proof"]["held_out"]
 
 
 def test_events_are_listed_newest_first_and_page_by_page(user: User) -> None:

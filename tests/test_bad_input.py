@@ -200,7 +200,7 @@ def test_an_owner_cannot_use_anothers_version_under_their_own_name(user: User, v
 
 
 def test_anothers_file_is_as_unknown_as_one_that_is_not(user: User, victim: User) -> None:
-    theirs = victim.openai.files.list().data[0].id
+    theirs = victim.openai.files.list(purpose="fine-tune").data[0].id
     for method, path in (("GET", "NAME"), ("GET", "NAME/content"), ("DELETE", "NAME")):
         same_as_unknown(user, method, f"/v1/files/{path}", theirs, "file-1", "not_found")
     same_as_unknown(user, "POST", JOBS, theirs, "file-1", "not_found", model=BASE, training_file="NAME")
@@ -211,7 +211,10 @@ def test_anothers_file_is_as_unknown_as_one_that_is_not(user: User, victim: User
 
 def test_anothers_job_is_as_unknown_as_one_that_is_not(user: User, victim: User) -> None:
     theirs = victim.openai.fine_tuning.jobs.list().data[0].id
-    for method, path in (("GET", "NAME"), ("POST", "NAME/cancel"), ("GET", "NAME/events")):
+    for method, path in (
+        *(("GET", f"NAME{part}") for part in ("", "/events", "/checkpoints")),
+        *(("POST", f"NAME/{change}") for change in ("cancel", "pause", "resume")),
+    ):
         same_as_unknown(user, method, f"{JOBS}/{path}", theirs, "ftjob-1", "not_found")
     refused(user.http.get(f"{JOBS}?after={theirs}"), 400, "invalid_value", param="after")
 
@@ -336,12 +339,12 @@ def test_an_unknown_model_is_refused_before_anything_is_sent(user: User, stream:
         (b"{bad", "invalid_json", "not valid JSON"),
         (b"", "invalid_value", "required"),
         (b"[]", "invalid_value", "object"),
-        (b'{"model": "\xff"}', "invalid_json", "utf-8"),
-        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", "recursion"),
+        (b'{"model": "\xff"}', "invalid_json", "UTF-8"),
+        (b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}", "invalid_json", "deeper than the 100"),
         (b'{"model": "tiny", "max_tokens": ' + b"9" * 5000 + b"}", "invalid_json", "digits"),
         (b'{"model": "\\ud83d"}', "invalid_value", "text"),
         (b'{"\\ud83d": 1}', "invalid_value", "text"),
-        (b'{"model": "tiny", "metadata": {"a": "\xed\xa0\x80"}}', "invalid_value", "text"),
+        (b'{"model": "tiny", "metadata": {"a": "\xed\xa0\x80"}}', "invalid_json", "UTF-8"),
     ],
     ids=["broken", "empty", "array", "not utf-8", "deep", "long number", "half", "half key", "half in bytes"],
 )
@@ -365,7 +368,7 @@ def test_a_body_that_is_too_large_is_refused_with_the_limit(user: User) -> None:
 
 
 def test_unknown_urls_and_wrong_methods_are_refused_in_the_same_shape(user: User) -> None:
-    for path in ("/", "/v1", "/v1/nothing", f"{JOBS}/ftjob-1/pause", "/v1/images/generations", "/v1/files/a/b/c"):
+    for path in ("/", "/v1", "/v1/nothing", f"{JOBS}/ftjob-1/start", "/v1/images/generations", "/v1/files/a/b/c"):
         refused(user.http.get(path), 404, "unknown_url", path)
     for method, path in (("PUT", "/v1/files"), ("GET", CHAT), ("DELETE", JOBS), ("PATCH", "/v1/adapters/a")):
         refused(user.http.request(method, path), 405, "bad_request", method, path)
@@ -450,10 +453,12 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
     ({"metadata": {str(i): "x" for i in range(17)}}, "metadata", "16"),
     ({"metadata": {"a": 5}}, "metadata.a", "string"),
     ({"metadata": {"a": "x" * 513}}, "metadata.a", "512"),
-    ({"validation_file": "file-1"}, "validation_file", "not supported"),
     ({"integrations": [{"type": "wandb"}]}, "integrations", "not supported"),
-    ({"method": {"type": "dpo", "dpo": {}}}, "method.type", "'supervised'"),
-    ({"method": {}}, "method.type", "'supervised'"),
+    ({"priority": "urgent"}, "priority", "'low', 'normal' or 'high'"),
+    ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type", "'supervised' and 'dpo'"),
+    ({"method": {}}, "method.type", "'supervised' and 'dpo'"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": []}}}, "method.dpo", "objects"),
+    ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "dpo alone"),
     ({"method": {"type": "supervised", "supervised": []}}, "method.supervised", "objects"),
     ({"method": {"type": "supervised", "supervised": {"hyperparameters": 5}}}, "method.supervised", "objects"),
     *(
@@ -498,10 +503,24 @@ def test_a_job_needs_a_base_and_a_file_for_training(owner: User, adapter: PeftFi
     file = owner.upload(chat_lines())
     refused(create(owner, file, model="gpt-4o"), 404, "model_not_found", f"'{BASE}'", param="model")
     owner.import_adapter(adapter, "mine")
-    refused(create(owner, file, model=f"{owner.owner}/mine"), 400, "invalid_value", "the base", param="model")
-    refused(create(owner, "file-1"), 404, "not_found", "'file-1'", param="training_file")
+    mine = f"{owner.owner}/mine"
+    for fields, param in (
+        ({"rank": 8}, "hyperparameters.rank"),
+        ({"alpha": 3}, "hyperparameters.alpha"),
+        ({"targets": ["q_proj"]}, "hyperparameters.targets"),
+    ):
+        answer = create(owner, file, model=mine, hyperparameters=fields)
+        refused(answer, 400, "invalid_value", "has settled it", param=param)
     other = owner.upload(chat_lines(), purpose="user_data")
-    refused(create(owner, other), 400, "invalid_value", "'user_data'", "'fine-tune'", param="training_file")
+    for param in ("training_file", "validation_file"):
+        for unfit, status, code, words in (
+            ("file-1", 404, "not_found", "'file-1'"),
+            (other, 400, "invalid_value", "'user_data'"),
+        ):
+            answer = owner.http.post(JOBS, json={"model": BASE, "training_file": file, param: unfit})
+            refused(answer, status, code, words, param=param)
+    twice = create(owner, file, validation_file=file, hyperparameters={"held_out": 0.1})
+    refused(twice, 400, "invalid_value", "nothing is held out", param="hyperparameters.held_out")
     assert owner.openai.fine_tuning.jobs.list().data == []
 
 

@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 from typer.testing import CliRunner
 
 from adapterhub import __version__
+from adapterhub.cli.curve import sparkline
 from adapterhub.cli.main import app
 from tests.serving import (
     BASE,
@@ -34,6 +35,7 @@ from tests.serving import (
     User,
     chat_lines,
     environment,
+    eventually,
     run_cli,
     running,
     small_config,
@@ -68,7 +70,7 @@ def test_it_says_its_version_and_what_each_command_does() -> None:
         ["chat"],
         ["top"],
         *(["keys", c] for c in ("create",)),
-        *(["jobs", c] for c in ("list", "show")),
+        *(["jobs", c] for c in ("list", "show", "pause", "resume", "cancel", "checkpoints", "curve")),
         *(["adapters", c] for c in ("list", "show", "import", "export", "pin", "unpin", "evict", "delete")),
         *(["tiers", *c] for c in ([], ["set"])),
         *(["policy", c] for c in ("show", "set", "simulate")),
@@ -133,7 +135,7 @@ def test_adapters_are_imported_listed_shown_and_deleted(user: User, adapter: Pef
     assert imported["source"] == str(adapter.directory)
     [found] = listed(user=user)
     assert (found["name"], found["rank"]) == ("mine", 4)
-    assert found["tier"] in ("disk", "device"), "another owner may use the very same block"
+    assert found["tier"] == "disk"
     table = ran("adapters", "list", user=user)
     assert all(text in table for text in (f"{user.owner}/mine", found["tier"], "14.5 KiB", "never"))
     for which in ("mine", f"{user.owner}/mine", found["id"]):
@@ -461,7 +463,9 @@ def test_train_follows_a_job_to_a_live_model_and_chat_talks_to_it(user: User, tm
     shown = json.loads(ran("jobs", "show", job["id"], "--json", user=user))
     assert shown["events"][0]["message"] == f"Created fine-tuning job: {job['id']}"
     assert shown["events"][-1]["message"] == "The job has successfully completed"
-    assert f"New fine-tuned model created: {model}" in ran("jobs", "show", job["id"], user=user)
+    told = ran("jobs", "show", job["id"], user=user)
+    assert f"New fine-tuned model created: {model}" in told
+    assert told.count("Step ") == 1, "the last one alone"
     assert ran("chat", f"{user.owner}/mine", said="Say 3\n", user=user) == "Aye\n"
 
 
@@ -471,6 +475,58 @@ def test_train_says_why_a_job_failed(user: User, tmp_path: Path) -> None:
     assert "has failed: Training file has 3 example(s)" in failed("train", str(file), "--name", "mine", user=user)
     assert "is not a file" in failed("train", str(tmp_path / "none.jsonl"), "--name", "mine", user=user)
     assert "not a valid suffix" in failed("train", str(file), "--name", "a/b", user=user)
+
+
+def test_train_measures_on_a_file_and_goes_on_from_what_an_adapter_has_learned(user: User, tmp_path: Path) -> None:
+    first, second, held_out = (tmp_path / f"{name}.jsonl" for name in ("first", "second", "held"))
+    first.write_bytes(chat_lines(30))
+    second.write_bytes(chat_lines(12))
+    held_out.write_bytes(b"".join(chat_lines(40).splitlines(keepends=True)[-3:]))
+    none = failed("train", str(second), "--name", "mine", "--continue", user=user)
+    assert "no adapter 'mine' to go on from" in none
+    ran("train", str(first), "--name", "mine", user=user)
+    said = ran("train", str(second), "--name", "mine", "--continue", "--validation", str(held_out), user=user)
+    assert f"on {user.owner}/mine" in said
+    [job, _] = json.loads(ran("jobs", "list", "--json", user=user))
+    assert job["model"] == f"{user.owner}/mine"
+    assert job["proof"]["held_out"]
+    assert "is not a file" in failed("train", str(first), "--name", "x", "--validation", str(tmp_path), user=user)
+
+
+def test_a_job_is_paused_resumed_and_cancelled_and_its_checkpoints_and_curve_are_shown(
+    user: User, tmp_path: Path
+) -> None:
+    job = user.train(chat_lines(20), suffix="mine", batch_size=1, n_epochs=100, early_stopping=0, held_out=0.2)
+    eventually(lambda: user.openai.fine_tuning.jobs.checkpoints.list(job).data)
+    for command, state in (("pause", "paused"), ("resume", "queued"), ("cancel", "cancelled")):
+        assert ran("jobs", command, job, user=user) == f"{job} is {state}\n"
+    assert "already cancelled; it cannot be paused" in failed("jobs", "pause", job, user=user)
+    [*_, first] = json.loads(ran("jobs", "checkpoints", job, "--json", user=user))
+    assert first["fine_tuned_model_checkpoint"] in ran("jobs", "checkpoints", job, user=user)
+    shown = ran("jobs", "curve", job, user=user)
+    assert re.search(r"training loss +[▁-█]{60} \d", shown)
+    assert "validation loss" in shown
+    metrics = json.loads(ran("jobs", "curve", job, "--json", user=user))
+    assert [m["step"] for m in metrics] == list(range(1, len(metrics) + 1))
+    png = tmp_path / "curve.png"
+    ran("jobs", "curve", job, "--png", str(png), user=user)
+    assert png.read_bytes().startswith(b"\x89PNG")
+    assert "should end in .png" in failed("jobs", "curve", job, "--png", str(tmp_path / "c.gif"), user=user)
+
+
+def test_a_curve_needs_a_step(user: User) -> None:
+    job = user.train(chat_lines(1))
+    user.job(job, "failed")
+    assert "has not trained a step yet" in failed("jobs", "curve", job, user=user)
+
+
+@pytest.mark.parametrize(
+    ("values", "bars"),
+    [([3.0], "▁"), ([1.0, 1.0], "▁▁"), ([0.0, 7.0, 3.5], "▁█▅"), (list(range(120)), None)],
+)
+def test_a_sparkline_is_as_long_as_its_values_up_to_sixty(values: list[float], bars: str | None) -> None:
+    line = sparkline(values)
+    assert line == bars if bars else (len(line), line[0], line[-1]) == (60, "▁", "█")
 
 
 def test_chat_answers_each_line_until_an_empty_one(user: User) -> None:

@@ -18,7 +18,7 @@ PACKAGES = {
     "core": set(),
     "swap": {"fsspec", "numpy", "regex", "safetensors", "sortedcontainers", "sqlite_utils", "torch"},
     "base": {"jinja2", "llguidance", "numpy", "tokenizers", "torch", "transformers"},
-    "train": {"sqlite_utils", "torch"},
+    "train": {"numpy", "safetensors", "sqlite_utils", "torch"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
 

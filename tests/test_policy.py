@@ -1,8 +1,10 @@
-"""Rules that operators change on a running server: one owner's alone, several at once, and tried on the disk, too."""
+"""Rules that operators change on a running server: one owner's alone, several at once, tried on the disk, too. And
+which policy is best when."""
 
 from __future__ import annotations
 
 import json
+import random
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import pytest
 from adapterhub.errors import BadRequest
 from adapterhub.swap.policies import OwnerRule, Policy, Rules, TierRules
 from tests.serving import PeftFiles, Server, run_cli, running, small_config
+from tests.test_simulate import SIZE, outcomes, trace_of
 
 BEFORE = Rules(device=TierRules(Policy.GDSF, 60.0, {"ada": OwnerRule(1, 20, 2), "bob": OwnerRule(3)}))
 
@@ -93,3 +96,24 @@ def test_options_may_stand_before_set_as_well_as_after_it(server: Server) -> Non
         assert json.loads(said.stdout)["tiers"]["device"]["budget_bytes"] == int(budget)
     wrong = run_cli("tiers", "--url", "http://127.0.0.1:1", "set", "--device", budget, *account)
     assert wrong.returncode == 0, "what stands after it counts"
+
+
+# -- which policy when
+
+
+def test_where_users_come_and_leave_lru_has_the_fewest_cold_boots() -> None:
+    """24 owners at a time, who ask about 20 times each and never come back: what was used often is of no use any more,
+    and policies that count hold on to it."""
+    choose, here, picks = random.Random(0), dict[int, int](), list[int]()
+    for owner in range(400):
+        here[owner] = choose.randint(10, 30)
+        while len(here) == 24 or (owner == 399 and here):
+            asks = choose.choice(list(here))
+            picks.append(asks)
+            here[asks] -= 1
+            if here[asks] == 0:
+                del here[asks]
+    cold = {policy: found.cold_boots for policy, found in outcomes(trace_of(picks), 30 * SIZE, 0).items()}
+    assert min(cold, key=cold.__getitem__) is Policy.LRU
+    assert cold[Policy.LRU] < 0.8 * cold[Policy.SIEVE]
+    assert cold[Policy.LRU] < 0.3 * cold[Policy.GDSF]

@@ -21,10 +21,11 @@ from typer.testing import CliRunner
 from adapterhub.cli import app
 from adapterhub.errors import BadRequest
 from adapterhub.swap.allocator import ALIGNMENT, aligned
+from adapterhub.swap.frames import Adapter, Trace
 from adapterhub.swap.generate import RANK_BYTES, Shape, generate, zipf
 from adapterhub.swap.policies import Policy, Rules, TierRules
 from adapterhub.swap.simulate import Budgets, Outcome, Setting, best, blocks, share_budgets, simulate, sweep
-from adapterhub.swap.trace import Adapter, Recorder, Trace
+from adapterhub.swap.trace import Recorder
 from tests.serving import SECONDS, PeftFiles, running, small_config
 from tests.uses import use
 

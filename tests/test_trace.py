@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 
 from adapterhub.config import MIB
 from adapterhub.swap import generate
+from adapterhub.swap.frames import Trace, erase_owner, read_trace
 from adapterhub.swap.generate import Shape
 from adapterhub.swap.ref import Use
-from adapterhub.swap.trace import Recorder, Trace, erase_owner, read_trace
+from adapterhub.swap.trace import Recorder
 from tests.serving import BASE, PeftFiles, eventually, process
 from tests.uses import use
 
@@ -285,7 +286,7 @@ def test_without_room_to_rewrite_a_file_it_is_removed(tmp_path: Path) -> None:
     script = f"""
 import resource
 from pathlib import Path
-from adapterhub.swap.trace import erase_owner
+from adapterhub.swap.frames import erase_owner
 resource.setrlimit(resource.RLIMIT_FSIZE, (1000, {resource.RLIM_INFINITY}))
 erase_owner(Path({str(tmp_path)!r}), "owner-1")
 """

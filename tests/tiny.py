@@ -27,6 +27,7 @@ from transformers import (
 )
 
 from adapterhub.base.engine import Engine
+from adapterhub.base.grammar import Grammar
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base, prepare_base
 from adapterhub.base.request import Output, Request, Sampling
@@ -162,11 +163,12 @@ class Client:
         adapter: AdapterRef | None = None,
         *,
         owner: str = "",
+        grammar: Grammar | None = None,
         **sampling: Any,
     ) -> str:
         """Greedy, unless told otherwise. Returns `name`."""
         fields = {"temperature": 0.0, "max_tokens": 8, **sampling}
-        self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter, owner))
+        self.engine.submit(Request(name, list(prompt), Sampling(**fields), adapter, owner, grammar))
         return name
 
     def heard(self, name: str | None = None) -> list[Output]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Form, Query, Response, UploadFile
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Caller, Inferring, Training
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 from adapterhub.config import MIB, format_bytes
@@ -23,14 +23,15 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 @router.post("")
 def import_adapter(
-    hub: TheHub, caller: Caller, name: Annotated[str, Form()], config: UploadFile, weights: UploadFile
+    hub: TheHub, caller: Training, name: Annotated[str, Form()], config: UploadFile, weights: UploadFile
 ) -> dict[str, Any]:
     """Imports a PEFT adapter as the next version of `name`. `warnings` says what is odd about it."""
     check_name(name, "name")
     parsed = peft.read_config(_read(config, MIB))
     raw = _read(weights, hub.config.max_file_bytes)
     block = peft.encode(parsed, raw, hub.base.layout, hub.base.fingerprint, hub.base.dtype)
-    version = hub.registry.publish(caller.owner, name, block, hub.base.name, "import")
+    with hub.room.taken(caller.owner, block.meta.nbytes, adapter=name):
+        version = hub.registry.publish(caller.owner, name, block, hub.base.name, "import")
     [shown] = adapter_objects(hub, [hub.registry.adapter(caller.owner, version.adapter)])
     idle = list(peft.no_effect(block))
     whole = len(idle) == len(block.meta.layout.targets)
@@ -58,13 +59,13 @@ def download(hub: TheHub, caller: Caller, adapter_id: str) -> Response:
 
 
 @router.delete("/{adapter_id}")
-def delete(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+def delete(hub: TheHub, caller: Training, adapter_id: str) -> dict[str, Any]:
     hub.forget(hub.registry.delete_adapter(caller.owner, adapter_id))
     return {"id": adapter_id, "object": "adapter", "deleted": True}
 
 
 @router.post("/{adapter_id}/pin")
-def pin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+def pin(hub: TheHub, caller: Training, adapter_id: str) -> dict[str, Any]:
     """Keeps the current version in memory, once it is there, within the owner's share of it."""
     current_of(hub.registry.adapter(caller.owner, adapter_id))
     hub.pin(adapter_id, PinnedBy.OWNER)
@@ -72,14 +73,14 @@ def pin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
 
 
 @router.post("/{adapter_id}/unpin")
-def unpin(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+def unpin(hub: TheHub, caller: Training, adapter_id: str) -> dict[str, Any]:
     hub.registry.adapter(caller.owner, adapter_id)
     hub.registry.pins.unpin(adapter_id, PinnedBy.OWNER)
     return retrieve(hub, caller, adapter_id)
 
 
 @router.post("/{adapter_id}/prefetch", status_code=202)
-def prefetch(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
+def prefetch(hub: TheHub, caller: Inferring, adapter_id: str) -> dict[str, Any]:
     """A hint that the adapter will be asked for soon: its current version, or all that its name is split between.
     Answers at once, with where it is now."""
     versions = hub.registry.adapter(caller.owner, adapter_id)

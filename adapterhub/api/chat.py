@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, Field
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Inferring
 from adapterhub.api.calls import CallReader
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer
 from adapterhub.api.hub import Hub, TheHub
@@ -20,7 +20,7 @@ from adapterhub.api.models import choose_model
 from adapterhub.api.streaming import Form, Json, respond
 from adapterhub.api.structured import ResponseFormat, answer_part, compiled
 from adapterhub.api.tools import MAX_TOOLS, Choice, FunctionTool, Toolbox
-from adapterhub.base.grammar import Grammar, Part
+from adapterhub.base.grammar import Grammar
 from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
 from adapterhub.errors import BadRequest
@@ -121,29 +121,29 @@ class ChatRequest(GenerationRequest):
 
 
 @router.post("/completions", response_model=None)
-async def create(hub: TheHub, caller: Caller, body: ChatRequest, request: Request) -> Response:
+async def create(hub: TheHub, caller: Inferring, body: ChatRequest, request: Request) -> Response:
     body.check_chat(hub)
     model = choose_model(hub, caller, body.model, body.user)
     called: set[str] = set()
     messages = [message.plain(at, called) for at, message in enumerate(body.messages)]
     toolbox = Toolbox(body.tools or [], body.tool_choice, body.parallel_tool_calls)
-    answer = answer_part(body.response_format)
-    grammar = await _grammar(hub, caller.owner, toolbox, answer)
+    grammar = await _grammar(hub, caller.owner, toolbox, body.response_format)
     prompt = await asyncio.to_thread(hub.codec.chat, messages, toolbox.told)
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
     plan = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)
     generation = Generation(hub, caller, model, [prompt], body, plan, grammar)
     form = _form(hub.codec)
     if toolbox.any:
-        form = _form_with_calls(hub.codec, json_answer=answer is not None)
+        form = _form_with_calls(hub.codec, json_answer=answer_part(body.response_format) is not None)
     return await respond(request, body, generation, form)
 
 
-async def _grammar(hub: Hub, owner: str, toolbox: Toolbox, answer: Part | None) -> Grammar | None:
+async def _grammar(hub: Hub, owner: str, toolbox: Toolbox, form: ResponseFormat | None) -> Grammar | None:
+    answer = answer_part(form)
     if toolbox.any:
         return await compiled(hub, owner, toolbox.grammar(answer), "tools", "tools")
     if answer is not None:
-        return await compiled(hub, owner, [answer], "response_format", "response_format")
+        return await compiled(hub, owner, [answer], str(form), "response_format")
     return None
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import Field
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Inferring
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, Said, TokenId
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import choose_model
@@ -31,7 +31,7 @@ class CompletionRequest(GenerationRequest):
 
 
 @router.post("/completions", response_model=None)
-async def create(hub: TheHub, caller: Caller, body: CompletionRequest, request: Request) -> Response:
+async def create(hub: TheHub, caller: Inferring, body: CompletionRequest, request: Request) -> Response:
     body.check(hub, echo=body.echo, best_of=body.best_of not in (None, 1), suffix=body.suffix)
     model = choose_model(hub, caller, body.model, body.user)
     prompts = await asyncio.to_thread(_prompts, hub, body.prompt)

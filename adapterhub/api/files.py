@@ -8,7 +8,7 @@ from typing import Annotated, Any, BinaryIO, Literal
 from fastapi import APIRouter, Depends, Form, Query, Request, UploadFile
 from fastapi.responses import FileResponse
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Caller, Training
 from adapterhub.api.hub import TheHub
 from adapterhub.api.pages import After, listed
 from adapterhub.config import MIB, format_bytes
@@ -16,6 +16,7 @@ from adapterhub.errors import BadRequest, TooLarge
 from adapterhub.train.files import StoredFile
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
+NO_EXPIRY = "expires_after is not supported: files stay until they are deleted."
 
 
 def file_object(file: StoredFile) -> dict[str, Any]:
@@ -34,13 +35,14 @@ def file_object(file: StoredFile) -> dict[str, Any]:
 
 async def refuse_expiry(request: Request) -> None:
     if any(name.startswith("expires_after") for name in await request.form()):
-        raise BadRequest("expires_after is not supported: files stay until they are deleted.", param="expires_after")
+        raise BadRequest(NO_EXPIRY, param="expires_after")
 
 
 @router.post("", dependencies=[Depends(refuse_expiry)])
-def create(hub: TheHub, caller: Caller, file: UploadFile, purpose: Annotated[str, Form()]) -> dict[str, Any]:
+def create(hub: TheHub, caller: Training, file: UploadFile, purpose: Annotated[str, Form()]) -> dict[str, Any]:
     chunks = _chunks(file.file, hub.config.max_file_bytes)
-    return file_object(hub.files.upload(caller.owner, file.filename or "file", purpose, chunks))
+    with hub.room.taken(caller.owner, file.size or 0):
+        return file_object(hub.files.upload(caller.owner, file.filename or "file", purpose, chunks))
 
 
 @router.get("")
@@ -68,8 +70,10 @@ def content(hub: TheHub, caller: Caller, file_id: str) -> FileResponse:
 
 
 @router.delete("/{file_id}")
-def delete(hub: TheHub, caller: Caller, file_id: str) -> dict[str, Any]:
+def delete(hub: TheHub, caller: Training, file_id: str) -> dict[str, Any]:
+    gone = hub.files.get(caller.owner, file_id)
     hub.files.delete(caller.owner, file_id)
+    hub.meter.released(gone.owner, None, gone.bytes, gone.created_at)
     return {"id": file_id, "object": "file", "deleted": True}
 
 

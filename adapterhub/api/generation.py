@@ -16,10 +16,13 @@ from adapterhub.api.auth import Principal
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model, choose_model
+from adapterhub.api.tenancy.rates import USUAL_ANSWER, Admission
+from adapterhub.api.tenancy.usage import Counts
 from adapterhub.base.grammar import Grammar
 from adapterhub.base.request import Origin, Sampling, Token
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.errors import BadRequest, BlockDamaged
+from adapterhub.swap.ref import Tier
 
 Result = TypeVar("Result")
 MAX_STOPS = 4
@@ -161,21 +164,29 @@ class Generation:
         self.choices = len(prompts) * self._each
         self.origin: Origin | None = None
         self.completion_tokens = 0
+        self._admission: Admission | None = None
         self._answers: list[AsyncGenerator[Piece]] = []
         self._first: list[Piece] = []
         self._next: dict[asyncio.Future[Piece], int] = {}  # what is awaited of which answer
 
     async def started(self) -> bool:
-        for attempt in itertools.count():
-            try:
-                await self._start(attempt)
-                break
-            except BlockDamaged:
-                version = self.model.version
-                if version is None or self._hub.registry.resolve(version.owner, version.model) is not None:
-                    raise
-                # it was deleted while the request waited for it: the name means another one now, or is unknown
-                self.model = choose_model(self._hub, self._caller, self.model.name, self._user)
+        """Raises RateLimited, and whatever keeps an answer from its first token."""
+        answers = self.choices * min(self._plan.max_tokens, USUAL_ANSWER)
+        self._admission = self._hub.rates.admit(self._caller.owner, self.prompt_tokens + answers)
+        try:
+            for attempt in itertools.count():
+                try:
+                    await self._start(attempt)
+                    break
+                except BlockDamaged:
+                    version = self.model.version
+                    if version is None or self._hub.registry.resolve(version.owner, version.model) is not None:
+                        raise
+                    # it was deleted while the request waited for it: the name means another one now, or is unknown
+                    self.model = choose_model(self._hub, self._caller, self.model.name, self._user)
+        except BaseException:
+            await self.close()
+            raise
         return True
 
     async def _start(self, attempt: int) -> None:
@@ -187,7 +198,7 @@ class Generation:
             self._first = await asyncio.gather(*self._next)
             self._next.clear()
         except BaseException:
-            await self.close()
+            await self._cancel()
             raise
 
     async def pieces(self) -> AsyncIterator[Piece]:
@@ -221,7 +232,25 @@ class Generation:
         ]
 
     async def close(self) -> None:
-        """Stops the engine's work on answers that nobody waits for."""
+        """Stops the engine's work on answers that nobody waits for, and counts what was used: a request from its first
+        token on, and so nothing of one that failed before."""
+        try:
+            await self._cancel()
+        finally:
+            if self._admission is not None:
+                self._count(self._admission)
+                self._admission = None
+
+    def _count(self, admission: Admission) -> None:
+        used = Counts(1, self.prompt_tokens, self.completion_tokens) if self.completion_tokens else Counts()
+        self._hub.rates.settle(admission, used.input_tokens + used.output_tokens)
+        if used.requests:
+            version, origin = self.model.version, self.origin
+            cold = version is not None and origin is not None and origin.tier is not Tier.DEVICE
+            adapter = version.name if version else None
+            self._hub.meter.note(self._caller.owner, self._caller.key, adapter, used._replace(cold_boots=int(cold)))
+
+    async def _cancel(self) -> None:
         for task in self._next:  # first, since an answer that is awaited cannot be closed
             task.cancel()
         await asyncio.gather(*self._next, return_exceptions=True)
@@ -237,6 +266,7 @@ class Generation:
             "x-adapterhub-version": version.id if version else "base",
             "x-adapterhub-tier": origin.tier,
             "x-adapterhub-load-ms": f"{origin.load_ms:.2f}",
+            **self._hub.rates.headers(self._caller.owner),
         }
 
     @property
@@ -258,7 +288,7 @@ class Generation:
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
         held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
         request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner, self._grammar)
-        outputs = self._hub.run(request)
+        outputs = self._hub.run(request, self._caller.key)
         try:
             async for output in outputs:
                 self.origin = self.origin or output.origin

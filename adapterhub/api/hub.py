@@ -12,8 +12,14 @@ from typing import Annotated
 
 from fastapi import Depends, Request
 
-from adapterhub.api.auth import KeyStore
 from adapterhub.api.steering import Steering, with_saved
+from adapterhub.api.tenancy.keys import KeyStore
+from adapterhub.api.tenancy.meter import Meter
+from adapterhub.api.tenancy.quotas import Limits, Quotas
+from adapterhub.api.tenancy.rates import Rates
+from adapterhub.api.tenancy.room import Room
+from adapterhub.api.tenancy.underway import Underway
+from adapterhub.api.tenancy.usage import Usage
 from adapterhub.base.engine import Engine
 from adapterhub.base.grammar import Grammars
 from adapterhub.base.model import Base
@@ -21,7 +27,7 @@ from adapterhub.base.request import Output
 from adapterhub.base.request import Request as EngineRequest
 from adapterhub.base.text import TextCodec
 from adapterhub.config import DISK_BYTES, Config
-from adapterhub.errors import BadRequest, Unavailable
+from adapterhub.errors import BadRequest, HubError, Unavailable
 from adapterhub.swap.catalog import Catalog
 from adapterhub.swap.database import Database
 from adapterhub.swap.disk import DiskTier
@@ -35,9 +41,16 @@ from adapterhub.swap.settings import Settings
 from adapterhub.swap.store import Store
 from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
+from adapterhub.train.conductor import Conductor
+from adapterhub.train.cotrainer import CoTrainer
 from adapterhub.train.files import FileStore
 from adapterhub.train.jobs import JobStore
+from adapterhub.train.publish import Publisher
+from adapterhub.train.starter import Starter
+from adapterhub.train.uploads import UploadStore
+from adapterhub.train.validator import Validator
 from adapterhub.train.worker import Worker
+from adapterhub.train.workspace import Workspaces
 
 log = logging.getLogger(__name__)
 ADMIN_OWNER = "admin"
@@ -59,7 +72,14 @@ class Hub:
         settings = Settings(self.database)
         self.config = config = with_saved(config, settings)
         self.keys = KeyStore(self.database)
+        self.underway = Underway(self.keys)
+        self.quotas = Quotas(self.database, _limits(config))
+        self.rates = Rates(self.database, self.quotas)
+        self.room = Room(self.database, self.quotas)
+        self.usage = Usage(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
+        self.uploads = UploadStore(self.database, self.files, config.parts_dir)
+        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save, self.uploads.expire))
         store = None
         if config.store is not None:
             store = Store.open(config.store, server_id(self.database), config.data_dir)
@@ -76,16 +96,19 @@ class Hub:
         self.uses = Uses()
         self.engine = Engine(base, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
         self.steering = Steering(self.engine, self.disk, settings)
-        self.worker = Worker(self.engine, self.codec, self.files, self.jobs, self.registry, config.train_micro_tokens)
+        self.trainer = CoTrainer(base, self.engine.wake)
+        self.engine.set_idle_work(self.trainer)
+        self.worker = self._worker()
 
     def start(self) -> None:
         """Within the event loop that will serve."""
         self._loop = asyncio.get_running_loop()
-        removed = self.files.clean_up() + self.registry.clean_up()
+        removed = self.files.clean_up() + self.uploads.clean_up() + self.registry.clean_up()
         if removed:
             log.info("removed %d files that an interrupted write had left", removed)
-        self._make_admin_key()
+        self.operators_key = self._admin_key()
         self.trace.start()
+        self.meter.start()
         if self.mirror is not None:
             self.mirror.start()
         self.engine.start()
@@ -97,6 +120,7 @@ class Hub:
         self.worker.stop()
         self.engine.stop()
         self.trace.close()
+        self.meter.stop()
         self.grammars.close()
         if self.mirror is not None:
             self.mirror.stop()
@@ -105,39 +129,68 @@ class Hub:
         self.database.close()
         os.close(self._lock)
 
-    async def run(self, request: EngineRequest) -> AsyncGenerator[Output]:
-        """The outputs of one request as they come. Leaving the iteration early cancels it.
+    async def run(self, request: EngineRequest, key: str) -> AsyncGenerator[Output]:
+        """The outputs of one request as they come. Leaving the iteration early cancels it, and so does revoking the
+        `key`, an id, on whose behalf it runs.
 
-        Raises ContextLengthExceeded, or whatever the request failed with.
+        Raises ContextLengthExceeded, Unauthorized, or whatever the request failed with.
         """
         outputs: asyncio.Queue[Output] = asyncio.Queue()
         self._streams[request.id] = outputs
+
+        def end(error: HubError) -> None:
+            self.engine.cancel(request.id)
+            outputs.put_nowait(Output(request.id, error=error))
+
         done = False
         try:
             if not self.engine.alive:
                 raise Unavailable("The engine is not running; the server needs a restart.")
-            self.engine.submit(request)
-            while not done:
-                output = await outputs.get()
-                done = output.last
-                if output.error is not None:
-                    raise output.error
-                yield output
+            with self.underway.on_behalf(key, end):
+                self.engine.submit(request)
+                while not done:
+                    output = await outputs.get()
+                    done = output.last
+                    if output.error is not None:
+                        raise output.error
+                    yield output
         finally:
             del self._streams[request.id]
             if not done:
                 self.engine.cancel(request.id)
+
+    def cut_off(self) -> None:
+        """Ends whatever answers are under way, which are told why."""
+        for request, outputs in self._streams.items():
+            outputs.put_nowait(Output(request, error=Unavailable("The server is stopping. Ask again in a moment.")))
 
     def forget(self, versions: Iterable[Version]) -> None:
         """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""
         for version in versions:
             self.engine.evict(version.digest)
             self.uses.forget([version.id])
+            self.meter.released(version.owner, version.name, version.nbytes, version.created_at)
 
     def pin(self, adapter: str, by: PinnedBy) -> None:
         """Keeps an adapter in memory, by its id, once it is there. Raises BadRequest when pins would hold too much."""
         device_bytes = self.engine.stats().result()["tiers"]["device"]["budget_bytes"]
         self.registry.pins.pin(adapter, by, device_bytes)
+
+    def _worker(self) -> Worker:
+        config, workspaces = self.config, Workspaces(self.config.jobs_dir)
+        publisher = Publisher(self.database, self.registry, self.files, self.jobs, self.base.name, self.forget)
+        validator = Validator(self.engine, self.codec, self.database, self.registry, self.files, self.jobs, workspaces)
+        starter = Starter(self.base, self.registry, self.jobs, workspaces)
+        conductor = Conductor(
+            self.trainer,
+            self.jobs,
+            workspaces,
+            starter,
+            publisher,
+            places=config.train_jobs,
+            owner_places=config.owner_jobs,
+        )
+        return Worker(validator, conductor)
 
     def _keep_in_memory(self, digest: str, pinned: bool) -> None:
         """In memory, for as long as some adapter pins it."""
@@ -159,12 +212,13 @@ class Hub:
             if (stream := self._streams.get(output.request)) is not None:
                 stream.put_nowait(output)
 
-    def _make_admin_key(self) -> None:
-        """On a first start: a key for the operator, in a file that only they can read."""
+    def _admin_key(self) -> str:
+        """The operator's, in a file that only they can read; made on a first start."""
         path = self.config.admin_key_file
         path.touch(mode=0o600)
         if not path.read_text().strip():
             path.write_text(self.keys.create(ADMIN_OWNER, admin=True) + "\n")
+        return path.read_text().strip()
 
 
 def of_request(request: Request) -> Hub:
@@ -178,7 +232,19 @@ TheHub = Annotated[Hub, Depends(of_request)]
 async def opened(config: Config, base: Base) -> AsyncIterator[Hub]:
     hub = Hub(config, base)
     hub.start()
+    watch = asyncio.create_task(hub.underway.watch())
     try:
         yield hub
     finally:
+        watch.cancel()
         await asyncio.to_thread(hub.stop)
+
+
+def _limits(config: Config) -> Limits:
+    return Limits(
+        adapters=config.owner_adapters,
+        bytes=config.owner_bytes,
+        jobs=config.owner_queue,
+        requests_per_minute=config.owner_requests_per_minute,
+        tokens_per_minute=config.owner_tokens_per_minute,
+    )

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import hashlib
 import random
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
 from pydantic import Field
 
-from adapterhub.api.auth import Caller
+from adapterhub.api.auth import Caller, Principal, Training
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub, TheHub
-from adapterhub.api.pages import After, page
+from adapterhub.api.models import find_model
+from adapterhub.api.pages import After, listed, page
 from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.names import check_name
-from adapterhub.train.jobs import Event, Job, Order
+from adapterhub.swap.versions import Version
+from adapterhub.train.dataset import Kind
+from adapterhub.train.events import Event
+from adapterhub.train.files import StoredFile
+from adapterhub.train.job import Job, Order, Priority
 from adapterhub.train.plan import check_hyperparameters
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -24,16 +29,18 @@ router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 class JobRequest(Body):
     model: str
     training_file: str
+    validation_file: str | None = None
     suffix: str | None = None
     seed: Annotated[int, Field(ge=0, lt=2**31)] | None = None
     hyperparameters: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
+    priority: Literal["low", "normal", "high"] = "normal"
     metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
-    validation_file: str | None = None
     integrations: list[Any] | None = None
 
 
 def job_object(job: Job) -> dict[str, Any]:
+    """OpenAI's fields, then ours."""
     return {
         "id": job.id,
         "object": "fine_tuning.job",
@@ -45,16 +52,20 @@ def job_object(job: Job) -> dict[str, Any]:
         "organization_id": job.owner,
         "status": job.status,
         "hyperparameters": job.hyperparameters,
-        "method": {"type": "supervised", "supervised": {"hyperparameters": job.hyperparameters}},
+        "method": {"type": job.method, job.method: {"hyperparameters": job.hyperparameters}},
         "seed": job.seed,
         "trained_tokens": job.trained_tokens,
         "training_file": job.training_file,
-        "validation_file": None,
-        "result_files": [],
+        "validation_file": job.validation_file,
+        "result_files": [job.result_file] if job.result_file else [],
         "integrations": None,
         "metadata": job.metadata,
         "error": job.error,
         "user_provided_suffix": job.given_suffix,
+        "priority": job.priority.name.lower(),
+        "report": job.report,
+        "estimate": job.estimate,
+        "proof": job.proof,
     }
 
 
@@ -70,11 +81,26 @@ def event_object(event: Event) -> dict[str, Any]:
     }
 
 
+def checkpoint_object(version: Version) -> dict[str, Any]:
+    return {
+        "id": f"ftckpt-{version.id}",
+        "object": "fine_tuning.job.checkpoint",
+        "created_at": version.created_at,
+        "fine_tuning_job_id": version.origin,
+        "fine_tuned_model_checkpoint": version.model,
+        "step_number": version.step,
+        "metrics": version.metrics or {},
+    }
+
+
 @router.post("")
-def create(hub: TheHub, caller: Caller, body: JobRequest, request: Request) -> dict[str, Any]:
-    order = _check(hub, caller.owner, body, request.headers.get("idempotency-key"))
+def create(hub: TheHub, caller: Training, body: JobRequest, request: Request) -> dict[str, Any]:
+    order = _check(hub, caller, body, request.headers.get("idempotency-key"))
     retried = request.headers.get("x-stainless-retry-count", "0") != "0"  # an SDK says so of its own retries
-    job, new = hub.jobs.create(order, retry=retried)
+    with hub.database.transaction():
+        job, new = hub.jobs.create(order, retry=retried, check=hub.room.check_job)
+        if new:
+            hub.usage.follow_job(job.id, caller.owner, caller.key)
     if new:
         hub.worker.wake()
     return job_object(job)
@@ -84,11 +110,10 @@ def create(hub: TheHub, caller: Caller, body: JobRequest, request: Request) -> d
 def list_jobs(
     hub: TheHub, caller: Caller, request: Request, after: After = None, limit: Annotated[int, Query(ge=1, le=100)] = 20
 ) -> dict[str, Any]:
-    jobs = hub.jobs.list(caller.owner)
-    for name, value in request.query_params.items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            jobs = [j for j in jobs if (j.metadata or {}).get(name[9:-1]) == value]
-    return page([job_object(j) for j in jobs], after, limit)
+    wanted = {n[9:-1]: v for n, v in request.query_params.items() if n.startswith("metadata[") and n.endswith("]")}
+    none = request.query_params.get("metadata") == "null"
+    jobs, more = hub.jobs.page(caller.owner, after, limit, metadata=None if none else wanted)
+    return listed([job_object(j) for j in jobs], more)
 
 
 @router.get("/{job_id}")
@@ -97,10 +122,18 @@ def retrieve(hub: TheHub, caller: Caller, job_id: str) -> dict[str, Any]:
 
 
 @router.post("/{job_id}/cancel")
-def cancel(hub: TheHub, caller: Caller, job_id: str) -> dict[str, Any]:
-    job = hub.jobs.cancel(caller.owner, job_id)
-    hub.worker.wake()
-    return job_object(job)
+def cancel(hub: TheHub, caller: Training, job_id: str) -> dict[str, Any]:
+    return _changed(hub, hub.jobs.cancel(caller.owner, job_id))
+
+
+@router.post("/{job_id}/pause")
+def pause(hub: TheHub, caller: Training, job_id: str) -> dict[str, Any]:
+    return _changed(hub, hub.jobs.pause(caller.owner, job_id))
+
+
+@router.post("/{job_id}/resume")
+def resume(hub: TheHub, caller: Training, job_id: str) -> dict[str, Any]:
+    return _changed(hub, hub.jobs.resume(caller.owner, job_id))
 
 
 @router.get("/{job_id}/events")
@@ -108,44 +141,55 @@ def events(
     hub: TheHub, caller: Caller, job_id: str, after: After = None, limit: Annotated[int, Query(ge=1, le=1000)] = 20
 ) -> dict[str, Any]:
     job = hub.jobs.get(caller.owner, job_id)
-    return page([event_object(e) for e in hub.jobs.events(job.id)], after, limit)
+    found, more = hub.jobs.events.page(job.id, after, limit)
+    return listed([event_object(e) for e in found], more)
 
 
-def _check(hub: Hub, owner: str, body: JobRequest, key: str | None) -> Order:
-    """Everything that can be said at once; what is in the file is looked at afterwards."""
-    if body.validation_file is not None:
-        raise BadRequest("validation_file is not supported yet. Leave it out.", param="validation_file")
+@router.get("/{job_id}/checkpoints")
+def checkpoints(
+    hub: TheHub, caller: Caller, job_id: str, after: After = None, limit: Annotated[int, Query(ge=1, le=1000)] = 10
+) -> dict[str, Any]:
+    """Those that are kept, the last step first."""
+    job = hub.jobs.get(caller.owner, job_id)
+    return page([checkpoint_object(v) for v in hub.registry.checkpoints(caller.owner, job.id)], after, limit)
+
+
+def _changed(hub: Hub, job: Job) -> dict[str, Any]:
+    hub.worker.wake()
+    return job_object(job)
+
+
+def _check(hub: Hub, caller: Principal, body: JobRequest, key: str | None) -> Order:
+    """Everything that can be said at once; what is in the files is looked at afterwards."""
     if body.integrations:
         raise BadRequest("integrations are not supported. Leave them out.", param="integrations")
     if len(body.metadata or {}) > 16:
         raise BadRequest("metadata can have up to 16 pairs.", param="metadata")
-    if body.model != hub.base.name:
-        if hub.registry.resolve(owner, body.model) is not None:
-            raise BadRequest("Going on from a fine-tuned model is not supported yet; name the base.", param="model")
-        raise NotFound(
-            f"The model {body.model[:200]!r} does not exist or cannot be fine-tuned. This server's base is "
-            f"{hub.base.name!r}.",
-            param="model",
-            code="model_not_found",
-        )
-    try:
-        file = hub.files.get(owner, body.training_file)
-    except NotFound as error:
-        raise NotFound(error.message, param="training_file") from error
-    if file.purpose != "fine-tune":
+    initial = _model(hub, caller, body.model)
+    training = _file(hub, caller.owner, body.training_file, "training_file")
+    validation = _file(hub, caller.owner, body.validation_file, "validation_file") if body.validation_file else None
+    kind, of_method = _method(body.method)
+    hyperparameters = {**of_method, **(body.hyperparameters or {})}
+    meta = hub.registry.block(initial).meta if initial else None
+    check_hyperparameters(hyperparameters, hub.base.layout, kind, meta)
+    if validation is not None and hyperparameters.get("held_out") not in (None, "auto", 0):
         raise BadRequest(
-            f"File {file.id} was uploaded with purpose {file.purpose!r}; a training file needs 'fine-tune'.",
-            param="training_file",
+            "There is a validation file, so nothing is held out of the training file. Leave hyperparameters.held_out "
+            "or validation_file out.",
+            param="hyperparameters.held_out",
         )
-    hyperparameters = {**_of_method(body.method), **(body.hyperparameters or {})}
-    check_hyperparameters(hyperparameters, hub.base.layout)
     return Order(
-        owner=owner,
+        owner=caller.owner,
         model=body.model,
-        training_file=file.id,
+        training_file=training.id,
+        validation_file=validation.id if validation else None,
+        input_bytes=training.bytes + (validation.bytes if validation else 0),
         suffix=check_name(body.suffix, "suffix") if body.suffix else None,
         seed=random.randrange(2**31) if body.seed is None else body.seed,
+        method=kind,
         hyperparameters=hyperparameters,
+        priority=Priority[body.priority.upper()],
+        initial=initial.id if initial else None,
         metadata=body.metadata,
         fingerprint=hub.base.fingerprint,
         digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
@@ -153,13 +197,39 @@ def _check(hub: Hub, owner: str, body: JobRequest, key: str | None) -> Order:
     )
 
 
-def _of_method(method: dict[str, Any] | None) -> dict[str, Any]:
+def _model(hub: Hub, caller: Principal, name: str) -> Version | None:
+    """The version that the training goes on from; None for the base. Raises NotFound and WrongBase."""
+    try:
+        return find_model(hub, caller, name).version
+    except NotFound as error:
+        message = f"{error.message} To train from the base, name it: {hub.base.name!r}."
+        raise NotFound(message, param="model", code=error.code) from error
+
+
+def _file(hub: Hub, owner: str, identity: str, param: str) -> StoredFile:
+    try:
+        file = hub.files.get(owner, identity)
+    except NotFound as error:
+        raise NotFound(error.message, param=param) from error
+    if file.purpose != "fine-tune":
+        raise BadRequest(
+            f"File {file.id} was uploaded with purpose {file.purpose!r}; a {param.replace('_', ' ')} needs "
+            "'fine-tune'.",
+            param=param,
+        )
+    return file
+
+
+def _method(method: dict[str, Any] | None) -> tuple[Kind, dict[str, Any]]:
+    """What a job's `method` asks for, and its hyperparameters."""
     if method is None:
-        return {}
-    if method.get("type") != "supervised":
-        raise BadRequest(f"method.type is {method.get('type')!r}; only 'supervised' is supported.", param="method.type")
-    inner = method.get("supervised")
+        return Kind.SUPERVISED, {}
+    name = method.get("type")
+    if name not in list(Kind):
+        known = " and ".join(repr(str(kind)) for kind in Kind)
+        raise BadRequest(f"method.type is {str(name)[:80]!r}; {known} are supported.", param="method.type")
+    inner = method.get(name)
     found = inner.get("hyperparameters") if isinstance(inner, dict) else inner
     if not isinstance(found, dict | None):
-        raise BadRequest("method.supervised and its hyperparameters must be objects.", param="method.supervised")
-    return found or {}
+        raise BadRequest(f"method.{name} and its hyperparameters must be objects.", param=f"method.{name}")
+    return Kind(name), found or {}

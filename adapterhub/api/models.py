@@ -7,7 +7,7 @@ from typing import Any
 
 from fastapi import APIRouter
 
-from adapterhub.api.auth import Caller, Principal
+from adapterhub.api.auth import Choosing, Principal, Training
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.errors import BadRequest, NotFound, WrongBase
 from adapterhub.swap.versions import Version, no_release
@@ -77,7 +77,7 @@ def model_object(name: str, created: int, owner: str, **more: Any) -> dict[str, 
 
 
 @router.get("")
-def list_models(hub: TheHub, caller: Caller) -> dict[str, Any]:
+def list_models(hub: TheHub, caller: Choosing) -> dict[str, Any]:
     models = [model_object(hub.base.name, 0, "adapterhub")]
     for version in hub.registry.versions(caller.owner):
         if version.current:
@@ -87,7 +87,7 @@ def list_models(hub: TheHub, caller: Caller) -> dict[str, Any]:
 
 
 @router.get("/{name:path}")
-def retrieve(hub: TheHub, caller: Caller, name: str) -> dict[str, Any]:
+def retrieve(hub: TheHub, caller: Choosing, name: str) -> dict[str, Any]:
     model = find_model(hub, caller, name)
     if model.version is None:
         return model_object(hub.base.name, 0, "adapterhub")
@@ -95,7 +95,7 @@ def retrieve(hub: TheHub, caller: Caller, name: str) -> dict[str, Any]:
 
 
 @router.delete("/{name:path}")
-def delete(hub: TheHub, caller: Caller, name: str) -> dict[str, Any]:
+def delete(hub: TheHub, caller: Training, name: str) -> dict[str, Any]:
     """Deletes one version by its `ft:` name or as `owner/name@which`, or an adapter with all its versions by
     `owner/name`."""
     if name == hub.base.name:

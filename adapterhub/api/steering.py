@@ -59,12 +59,14 @@ class Steering:
         with self._changing:
             self._engine.plan(device=device, ram=ram).result()  # before anything is changed
             if disk is not None:
-                self._disk.set_budget(disk)
-                self._settings.save_budgets(disk=disk)
+                self._disk.files.over(disk)
             given = {tier: budget for tier, budget in (("device", device), ("ram", ram)) if budget is not None}
             if given:
                 self._engine.set_budgets(**given).result()
                 self._settings.save_budgets(**given)
+            if disk is not None:
+                self._disk.set_budget(disk)
+                self._settings.save_budgets(disk=disk)
 
     def try_rules(self, change: Callable[[Rules], Rules]) -> Trial:
         """What `set_rules` would do now. Raises BadRequest."""

@@ -14,6 +14,7 @@ from typing import Any
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.types import Receive, Scope, Send
 
 from adapterhub.api.generation import Generation, GenerationRequest, Piece, while_connected
 from adapterhub.errors import HubError, ServerFault
@@ -58,8 +59,21 @@ async def respond(request: Request, body: GenerationRequest, generation: Generat
         return JSONResponse(head(form.whole_object) | whole, headers=generation.headers)
     if await while_connected(request, generation.started()) is None:
         return Response(status_code=CLIENT_GONE)
-    events = _events(generation, head(form.chunk_object), form, body.wants_usage)
-    return StreamingResponse(events, media_type="text/event-stream", headers=generation.headers)
+    return _Stream(generation, _events(generation, head(form.chunk_object), form, body.wants_usage))
+
+
+class _Stream(StreamingResponse):
+    """Closes its generation, too, when the client has gone away before the first event could be sent."""
+
+    def __init__(self, generation: Generation, events: AsyncIterator[str]) -> None:
+        super().__init__(events, media_type="text/event-stream", headers=generation.headers)
+        self._generation = generation
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._generation.close()
 
 
 async def _events(generation: Generation, head: Json, form: Form, wants_usage: bool) -> AsyncIterator[str]:

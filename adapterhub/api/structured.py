@@ -37,6 +37,9 @@ class ResponseFormat(BaseModel):
     type: Literal["text", "json_object", "json_schema"]
     json_schema: JsonSchema | None = None
 
+    def __str__(self) -> str:
+        return "response_format" if self.json_schema is None else f"response_format {self.json_schema.name!r}"
+
     @model_validator(mode="after")
     def _has_its_schema(self) -> ResponseFormat:
         if self.type == "json_schema" and self.json_schema is None:
@@ -50,8 +53,7 @@ def answer_part(form: ResponseFormat | None) -> Part | None:
         return None
     if form.json_schema is None or form.json_schema.schema_ is None:
         return {"name": ANSWER, "json_schema": {"type": "object", "x-guidance": _LAYOUT}}
-    what = f"response_format {form.json_schema.name!r}"
-    return schema_part(ANSWER, form.json_schema.schema_, bool(form.json_schema.strict), what, "response_format")
+    return schema_part(ANSWER, form.json_schema.schema_, bool(form.json_schema.strict), str(form), "response_format")
 
 
 def schema_part(name: str, schema: Schema, strict: bool, what: str, param: str) -> Part:

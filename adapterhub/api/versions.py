@@ -8,21 +8,27 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Depends, Query, Request
 from pydantic import BaseModel, ConfigDict, Field, StrictInt
 
-from adapterhub.api.auth import Admin, Caller
+from adapterhub.api.auth import Admin, Caller, Training
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import adapter_objects
 from adapterhub.api.pages import After, page
 
-router = APIRouter()
+looking = APIRouter()
+router = APIRouter()  # what changes something
 
 
-def own(request: Request, caller: Caller) -> None:
-    """A dependency of the router where it serves an owner."""
+def own_seen(request: Request, caller: Caller) -> None:
+    """A dependency of `looking` where it serves an owner."""
+    request.state.whose = caller.owner
+
+
+def own_changed(request: Request, caller: Training) -> None:
+    """A dependency of `router` where it serves an owner."""
     request.state.whose = caller.owner
 
 
 def anybodys(request: Request, caller: Admin) -> None:
-    """A dependency of the router where it serves operators."""
+    """A dependency of both where they serve operators."""
     request.state.whose = None
 
 
@@ -42,7 +48,7 @@ class SplitBody(BaseModel):
     percent: Annotated[dict[str, StrictInt], Field(min_length=1, max_length=100)]
 
 
-@router.get("/{adapter_id}/versions")
+@looking.get("/{adapter_id}/versions")
 def index(
     hub: TheHub,
     whose: Whose,

@@ -172,5 +172,5 @@ class Grammars:
 
 def _reason(matcher: LLMatcher) -> str:
     """What llguidance says, on one line, without its inner state."""
-    said = matcher.get_error().split("<")[0]
-    return " ".join(said.split())[:300].rstrip(" .") or "no answer follows it"
+    said = " ".join(matcher.get_error().split("<")[0].split())
+    return "no answer fits it" if said.startswith("NoExtension") else said[:300].rstrip(" .")

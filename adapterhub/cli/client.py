@@ -64,8 +64,8 @@ class Client:
         """All items of a list."""
         return [item for page in self.pages(path, **params) for item in page["data"]]
 
-    def download(self, path: str, out: BinaryIO) -> None:
-        with self._streaming("GET", path) as answer:
+    def download(self, path: str, out: BinaryIO, **params: Any) -> None:
+        with self._streaming("GET", path, params=params) as answer:
             for chunk in answer.iter_bytes():
                 out.write(chunk)
 

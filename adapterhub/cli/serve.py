@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import ipaddress
-import logging
 import os
-import socket
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,10 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from adapterhub.config import Config, default_data_dir, format_bytes, parse_bytes
-from adapterhub.errors import BadRequest
-
-_GRACE_SECONDS = 5  # for answers that are under way when the server is told to stop
+from adapterhub.api.logs import LogFormat, set_up_logs
+from adapterhub.config import Config, default_data_dir, format_bytes, is_loopback, parse_bytes
 
 
 def _size(text: str | None) -> int | None:
@@ -55,6 +50,15 @@ def serve(
     train_latency_slo: Annotated[
         float, typer.Option(min=1, help="How much longer than without it tokens may take while jobs train: p95, times.")
     ] = Config.train_latency_slo,
+    drain_seconds: Annotated[
+        float, typer.Option(min=0, help="How long answers have to end when the server is told to stop.")
+    ] = Config.drain_seconds,
+    log_format: Annotated[
+        LogFormat, typer.Option(help="text, or json: one object a line, also one for each request.")
+    ] = LogFormat.TEXT,
+    no_auth: Annotated[
+        bool, typer.Option("--no-auth", help="Ask for no keys. Only on a loopback address: who comes is the operator.")
+    ] = False,
 ) -> None:
     """Serve a base and everybody's adapters over an OpenAI-compatible API."""
     options: dict[str, Any] = {
@@ -73,58 +77,30 @@ def serve(
         "ram_bytes": _size(ram_bytes),
         "disk_bytes": _size(disk_bytes),
         "kv_bytes": _size(kv_bytes),
+        "drain_seconds": drain_seconds,
+        "no_auth": no_auth,
     }
     config = Config(**options)
-    listener = _bind(config.host, config.port)  # before the base is loaded, so that a busy port shows at once
-    _run(config, listener)
+    set_up_logs(log_format)
+    _run(config)
 
 
-def _bind(host: str, port: int) -> socket.socket:
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    # asyncio turns Nagle's algorithm off only for sockets that say TCP; with it on, a stream's chunks wait 40 ms
-    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except OSError as error:
-        listener.close()
-        raise BadRequest(
-            f"Cannot listen on {host}:{port}: {error.strerror}. Choose another --port or --host."
-        ) from error
-    return listener
-
-
-def _run(config: Config, listener: socket.socket) -> None:
-    import uvicorn
-
+def _run(config: Config) -> None:
     from adapterhub.api.app import create_app
+    from adapterhub.api.server import Server, listen
     from adapterhub.base.model import load_base
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    for noisy in ("httpx", "transformers"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    listener = listen(config.host, config.port)  # before the base is loaded, so that a busy port shows at once
     console = Console(highlight=False)
     console.print(f"Loading {config.base} ...")
     app = create_app(config, load_base(config))
 
-    class Server(uvicorn.Server):
-        """Opens and closes the application itself, so that what keeps it from starting ends where all errors do."""
+    def announce() -> None:
+        _announce(console, app, config, listener.getsockname()[1])
 
-        application = AsyncExitStack()
-
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await self.application.enter_async_context(app.router.lifespan_context(app))
-            await super().startup(sockets)
-            if self.started:
-                _announce(console, app, config, listener.getsockname()[1])
-
-        async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().shutdown(sockets)
-            await self.application.aclose()
-
-    settings = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=_GRACE_SECONDS, lifespan="off")
+    server = Server(app, listener, drain_seconds=config.drain_seconds, on_started=announce)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
-        Server(settings).run(sockets=[listener])
+        server.serve_forever()
 
 
 def _announce(console: Console, app: Any, config: Config, port: int) -> None:
@@ -147,12 +123,7 @@ def _announce(console: Console, app: Any, config: Config, port: int) -> None:
     ):
         table.add_row(f"[bold]{name}[/bold]", str(value))
     console.print(table)
-    if not _is_loopback(config.host):
+    if not is_loopback(config.host):
         console.print("[yellow]Listening beyond this machine, without TLS: put a TLS proxy in front.[/yellow]")
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
+    if config.no_auth:
+        console.print("[yellow]Without keys: every program on this machine is the operator.[/yellow]")

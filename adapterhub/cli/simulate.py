@@ -20,8 +20,8 @@ from adapterhub.errors import BadRequest
 from adapterhub.swap.policies import Policy
 
 if TYPE_CHECKING:
+    from adapterhub.swap.frames import Trace
     from adapterhub.swap.simulate import Outcome, Result, Setting
-    from adapterhub.swap.trace import Trace
 
 
 class Law(StrEnum):
@@ -98,7 +98,7 @@ def simulate(
 
 
 def _recorded(directory: Path) -> Trace:
-    from adapterhub.swap.trace import read_trace
+    from adapterhub.swap.frames import read_trace
 
     if not directory.parent.is_dir():
         raise BadRequest(f"There is no directory {directory.parent}. Give the --data-dir of a server, or --generate.")

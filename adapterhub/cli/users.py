@@ -14,53 +14,101 @@ from adapterhub.cli.client import DEFAULT_URL, Client, Key, Url, console
 from adapterhub.errors import HubError
 
 _POLL_SECONDS = 0.5
+_PAGE = 100  # events that one look asks for
 _FINAL = ("succeeded", "failed", "cancelled")
 
 
 def train(
     file: Annotated[Path, typer.Argument(help="JSONL with chat messages, or prompts and completions.")],
     name: Annotated[str, typer.Option(help="The name of the adapter; a new version of it if it exists.")],
+    validation: Annotated[
+        Path | None, typer.Option(help="Measure on this file, instead of on a part of FILE that is held out.")
+    ] = None,
+    go_on: Annotated[
+        bool, typer.Option("--continue", help="Go on from what the adapter has learned, instead of from the base.")
+    ] = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
     """Upload FILE, fine-tune on it, and follow until the model is live."""
     client = Client(url, key)
-    if not file.is_file():
-        raise HubError(f"{file} is not a file.")
-    with file.open("rb") as opened:
-        uploaded = client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (file.name, opened)})
-    base = client.get("/v1/models")["data"][0]["id"]
-    job = client.post("/v1/fine_tuning/jobs", json={"model": base, "training_file": uploaded["id"], "suffix": name})
-    console.print(f"Job {job['id']} on {base}")
+    for path in (file, validation):
+        if path is not None and not path.is_file():
+            raise HubError(f"{path} is not a file.")
+    model = _adapter(client, name) if go_on else client.get("/v1/models")["data"][0]["id"]
+    order = {"model": model, "training_file": _upload(client, file), "suffix": name}
+    if validation is not None:
+        order["validation_file"] = _upload(client, validation)
+    job = client.post("/v1/fine_tuning/jobs", json=order)
+    console.print(f"Job {job['id']} on {model}", markup=False)
     job = follow(client, job["id"], name)
     if job["status"] != "succeeded":
         raise HubError(f"The job has {job['status']}: {(job['error'] or {}).get('message', 'no reason given')}")
-    console.print(f"Live as [bold]{job['fine_tuned_model']}[/bold]")
-    console.print(f"Try: adapterhub chat {job['organization_id']}/{name}")
+    if job["proof"]["passed"]:
+        console.print(f"Live as [bold]{job['fine_tuned_model']}[/bold]")
+        console.print(f"Try: adapterhub chat {job['organization_id']}/{name}")
+    else:
+        console.print(f"A candidate only: [bold]{job['fine_tuned_model']}[/bold]")
+        console.print(f"Try: adapterhub chat {job['fine_tuned_model']}")
+
+
+def _upload(client: Client, path: Path) -> str:
+    with path.open("rb") as opened:
+        return client.post("/v1/files", data={"purpose": "fine-tune"}, files={"file": (path.name, opened)})["id"]
+
+
+def _adapter(client: Client, name: str) -> str:
+    """The model's name of one of the caller's adapters."""
+    for adapter in client.items("/v1/adapters", name=name):
+        if adapter["name"] == name:
+            return adapter["model"]
+    raise HubError(f"You have no adapter {name!r} to go on from. Leave --continue out to train it from the base.")
 
 
 def follow(client: Client, job: str, label: str) -> dict[str, Any]:
-    """Shows a job's progress until it has ended; returns it."""
+    """Shows a job's progress, and what its events warn of, until it has ended; returns it."""
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[news]}"), TimeRemainingColumn())
     with Progress(*columns, console=console) as progress:
         task = progress.add_task(label, total=None, news="waiting")
+        seen: str | None = None
         while True:
             found = client.get(f"/v1/fine_tuning/jobs/{job}")
-            _show(progress, task, client.get(f"/v1/fine_tuning/jobs/{job}/events", limit=1)["data"][0], found["status"])
+            events = _since(client, job, seen)
+            _show(progress, task, events, found["status"])
             if found["status"] in _FINAL:
                 return found
+            seen = events[-1]["id"] if events else seen
             time.sleep(_POLL_SECONDS)
 
 
-def _show(progress: Progress, task: TaskID, event: dict[str, Any], status: str) -> None:
-    data = event["data"]
-    if status == "succeeded":
-        progress.update(task, completed=progress.tasks[task].total or 1, total=progress.tasks[task].total or 1)
-    elif data is not None:
+def _since(client: Client, job: str, seen: str | None) -> list[dict[str, Any]]:
+    """The events after the one with the id `seen`, the oldest first."""
+    new: list[dict[str, Any]] = []
+    more: dict[str, Any] = {}
+    while True:
+        page = client.get(f"/v1/fine_tuning/jobs/{job}/events", limit=_PAGE, **more)
+        for event in page["data"]:
+            if event["id"] == seen:
+                return new[::-1]
+            new.append(event)
+        if seen is None or not page["has_more"]:
+            return new[::-1]
+        more = {"after": page["last_id"]}
+
+
+def _show(progress: Progress, task: TaskID, events: list[dict[str, Any]], status: str) -> None:
+    for event in events:
+        if event["level"] != "info":
+            progress.console.print(f"{event['level']}: {event['message']}", markup=False)
+    metrics = [event["data"] for event in events if event["type"] == "metrics"]
+    if metrics:
+        data = metrics[-1]
         speed = f"{data['tokens_per_second']:.0f} tok/s"
         news = f"step {data['step']}/{data['total_steps']}  loss {data['train_loss']:.3f}  {speed}"
         progress.update(task, completed=data["step"], total=data["total_steps"], news=news)
-    else:
+    if status == "succeeded":
+        progress.update(task, completed=progress.tasks[task].total or 1, total=progress.tasks[task].total or 1)
+    elif status != "running":
         progress.update(task, news=status.replace("_", " "))
 
 

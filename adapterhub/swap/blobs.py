@@ -169,14 +169,20 @@ class Blobs:
     def set_budget(self, budget: int) -> None:
         """Evicts what no longer fits. Raises BadRequest, and changes nothing, when what must stay does not fit."""
         with self._mutex:
+            gone = self.over(budget)
+            self.budget = budget
+            self._evict(gone)
+
+    def over(self, budget: int) -> list[str]:
+        """What would go for another budget. Raises BadRequest when what must stay does not fit."""
+        with self._mutex:
             gone = self._keeper.unlawful(time.monotonic(), budget - self._claimed, self._evictable)
             if gone is None:
                 raise BadRequest(
                     f"The block files that cannot be evicted from the disk do not fit into {format_bytes(budget)}: "
                     f"{format_bytes(self.used_bytes)} are in use. Delete adapters first, or choose a larger budget."
                 )
-            self.budget = budget
-            self._evict(gone)
+            return gone
 
     def set_rules(self, rules: TierRules) -> None:
         with self._mutex:

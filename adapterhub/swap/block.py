@@ -15,7 +15,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -48,6 +48,7 @@ class BlockMeta:
     scales: tuple[float, ...]  # what was folded into each B
     config: dict[str, Any]  # PEFT's adapter_config.json
     dtype: torch.dtype
+    owner: str = ""  # whose it is: the same numbers of two owners are two blocks; none in old files
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +68,8 @@ class BlockMeta:
             "rank": self.rank,
             "targets": targets,
         }
+        if self.owner:
+            fields["owner"] = self.owner
         return json.dumps(fields, sort_keys=True, separators=(",", ":"))
 
     @classmethod
@@ -81,6 +84,7 @@ class BlockMeta:
             scales=tuple(t[4] for t in targets),
             config=fields["config"],
             dtype=DTYPES[fields["dtype"]],
+            owner=fields.get("owner", ""),
         )
 
 
@@ -92,6 +96,11 @@ class Block:
     meta: BlockMeta
     payload: torch.Tensor
     source: Mapping[str, torch.Tensor] | None = None
+
+    def of_owner(self, owner: str) -> Block:
+        """The same as `owner`'s, with a digest of its own: by one that it shared with another owner's, and by where the
+        block then is, each could tell that somebody has the very same adapter."""
+        return replace(self, meta=replace(self.meta, owner=owner))
 
     @cached_property
     def source_bytes(self) -> bytes:

@@ -9,8 +9,8 @@ from enum import StrEnum
 import numpy as np
 from numpy.typing import NDArray
 
+from adapterhub.swap.frames import Adapter, Trace
 from adapterhub.swap.ref import Tier
-from adapterhub.swap.trace import Adapter, Trace
 
 RANK_BYTES = 610_560  # of the embedded base, all linears targeted, 16 bits
 RATE = 5.0  # requests per second

@@ -52,7 +52,10 @@ class Pins:
                 _check(own, device_bytes, OWNER_SHARE, "your pins", "an owner's", "ask the operator to pin it")
             if row["pinned"] is None:
                 held = self._bytes("true", ())
-                _check(held, device_bytes, PINNED_SHARE, "all owners' pins together", "all", "raise the budget")
+                if by is PinnedBy.ADMIN:
+                    _check(held, device_bytes, PINNED_SHARE, "all owners' pins together", "all", "raise the budget")
+                elif held > device_bytes * PINNED_SHARE:  # how much others have pinned is not for owners to know
+                    raise BadRequest("No more can be pinned on this server. Ask the operator.", param="id")
         self.settle([row["digest"]])
 
     def unpin(self, adapter: str, by: PinnedBy) -> None:

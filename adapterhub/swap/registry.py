@@ -59,8 +59,8 @@ class Registry(Versions):
         step: int | None = None,
         metrics: Mapping[str, Any] | None = None,
     ) -> Version:
-        """Stores `block` as a new version of `owner`'s adapter `name`; the name then points at it if it is a release,
-        and stays as it was otherwise.
+        """Stores `block`, as `owner`'s, as a new version of their adapter `name`; the name then points at it if it is a
+        release, and stays as it was otherwise.
 
         `step` is a checkpoint's, and of no other kind. A job publishes its checkpoint of a step once: the second time
         it is the first one, so that a job that goes on after a kill does not leave two. `metrics` is JSON, with finite
@@ -71,6 +71,7 @@ class Registry(Versions):
         """
         assert (step is not None) == (kind is Kind.CHECKPOINT)
         check_name(name, "name")
+        block = block.of_owner(owner)
         if step is not None and (there := self._one(_CHECKPOINT, (owner, name, origin, step))):
             return there
         row = {

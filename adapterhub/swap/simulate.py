@@ -16,10 +16,10 @@ import numpy as np
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest
 from adapterhub.swap.allocator import aligned
+from adapterhub.swap.frames import Trace
 from adapterhub.swap.policies import Policy, Rules, TierRules
 from adapterhub.swap.ref import Tier
 from adapterhub.swap.residency import Residency, item_of
-from adapterhub.swap.trace import Trace
 
 DEVICE_SHARES = (1 / 32, 1 / 16, 1 / 8, 1 / 4)  # of the bytes of all blocks that a trace uses
 RAM_SHARE = 1 / 4

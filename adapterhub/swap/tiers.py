@@ -14,15 +14,14 @@ import logging
 import time
 from collections.abc import Callable, Collection
 from concurrent.futures import Future
-from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest, HubError, Unavailable
 from adapterhub.swap.contents import Contents
+from adapterhub.swap.counters import Counters
 from adapterhub.swap.disk import DiskTier, Elsewhere
 from adapterhub.swap.hold import Hold, Resident
-from adapterhub.swap.latency import Latencies
 from adapterhub.swap.layout import Layout
 from adapterhub.swap.loader import Arrival, Loader, Source
 from adapterhub.swap.policies import Rules
@@ -35,15 +34,6 @@ _READ_AHEAD_SHARE = 0.5
 _FETCHES = (
     2  # after so many the file is read where it is fetched: others push it off the disk at once, or it is damaged
 )
-_TIERS = (Tier.DEVICE, Tier.RAM, Tier.DISK, Tier.REMOTE)
-
-
-@dataclass
-class Counters:
-    """Since the start: how often a version was found in each tier, and what came from below RAM."""
-
-    hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(_TIERS, 0))
-    loaded_bytes: int = 0
 
 
 class _Fetch(NamedTuple):
@@ -82,7 +72,6 @@ class Tiers:
         self.contents = Contents(pool, ram_bytes, rules)
         self.loader = Loader(pool, disk, fingerprint, layout, load_threads, wake)
         self.counters = Counters()
-        self._latencies = {tier: Latencies() for tier in _TIERS[1:]}
         self._loading: dict[str, Future[Arrival]] = {}
         self._fetching: dict[str, _Fetch] = {}
         self._crowded = False  # what came from the store waits for a place
@@ -212,38 +201,7 @@ class Tiers:
 
     def stats(self) -> dict[str, Any]:
         """By tier; `hit_ratio` is of the lookups that came to it."""
-        residency, hits = self.contents.residency, self.counters.hits
-        allocator, lookups = residency.allocator, sum(hits.values())
-        missed, free = lookups - hits[Tier.DEVICE], allocator.free_bytes
-        return {
-            "device": {
-                "budget_bytes": allocator.capacity,
-                "used_bytes": allocator.used_bytes,
-                "largest_free_bytes": allocator.largest_free,
-                "fragmentation": 1 - allocator.largest_free / free if free else 0.0,
-                "adapters": len(residency.device) - len(self._loading),
-                "pinned": residency.device.pinned,
-                "in_use": sum(1 for r in self.contents.residents.values() if r.pins),
-                "hits": hits[Tier.DEVICE],
-                "hit_ratio": hits[Tier.DEVICE] / lookups if lookups else None,
-                "evictions": self.contents.evictions,
-                "loads": sum(latency.count for latency in self._latencies.values()),
-                "loaded_bytes": self.counters.loaded_bytes,
-                "moved_bytes": self.contents.moved_bytes,
-            },
-            "ram": {
-                "budget_bytes": residency.ram_bytes,
-                "used_bytes": residency.ram.used_bytes,
-                "adapters": len(residency.ram),
-                "pinned": residency.ram.pinned,
-                "hits": hits[Tier.RAM],
-                "hit_ratio": hits[Tier.RAM] / missed if missed else None,
-                "evictions": self.contents.ram_evictions,
-                "loads": self._latencies[Tier.RAM].count,
-                "load_ms": self._latencies[Tier.RAM].summary(),
-            },
-            **self.disk.stats(),
-        }
+        return {**self.counters.stats(self.contents, len(self._loading)), **self.disk.stats()}
 
     def check_integrity(self, pins: int = 0) -> None:
         """Raises AssertionError unless extents, residents and pins (`pins` in all) agree."""
@@ -327,11 +285,9 @@ class Tiers:
             else:
                 self._fail(resident, error)
             return
-        self._latencies[resident.found].add(resident.load_ms)
-        if resident.found is not Tier.RAM:
-            self.counters.loaded_bytes += block.meta.nbytes
-            if resident.keep:
-                self.contents.keep_in_ram(resident, block)
+        self.counters.loaded(resident.found, block.meta.nbytes, resident.load_ms)
+        if resident.found is not Tier.RAM and resident.keep:
+            self.contents.keep_in_ram(resident, block)
         self.contents.arrived(resident, placed)
         if resident.condemned and not resident.pins:
             self.contents.remove(resident)

@@ -1,133 +1,35 @@
-"""The trace: every use of an adapter, kept compactly in a bounded number of bytes, so that a policy can be judged on
-what users did.
+"""The recorder: writes every use of an adapter down, in a bounded number of bytes (`frames.py` says how).
 
 `Recorder.record` only appends to a queue in memory; one thread writes what has gathered, a few times a second, as one
-frame at the end of a file:
-
-    file   "ahtrace1", then frames
-    frame  crc32 of the body, bytes of the adapters' JSON, number of uses (three little-endian uint32), then the body:
-           [[version, digest, owner, bytes], ...] of the adapters that this file has not named yet, as JSON;
-           the uses as packed records of 17 bytes: time, number of the adapter in this file, milliseconds to load, tier
-
-A fixed record is what can be written without thought and read a million at a time; what is long (ids, digests) is said
-once per file. Each file tells all it needs, so that the oldest can be removed when the whole grows over its bound, and
-one owner's uses be taken out of a file without a look at the others. A frame that a kill cut off ends its file: readers
-ignore it, and each start of the server begins a new file. Nothing is synced: a loss of power may take the last seconds,
-a `kill -9` at most those that were not written yet.
+frame at the end of a file. Each start of the server begins a new file. Nothing is synced: a loss of power may take the
+last seconds, a `kill -9` at most those that were not written yet.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import struct
 import threading
 import time
-import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adapterhub.config import MIB
-from adapterhub.errors import StorageFull
-from adapterhub.swap.files import remove_partials, write_durably
-from adapterhub.swap.ref import Tier, Use
+from adapterhub.swap.frames import CODES, MAGIC, SUFFIX, USE, Adapter, erase_owner, pack, trace_files, trace_sizes
+from adapterhub.swap.ref import Use
 
 log = logging.getLogger(__name__)
 
-SUFFIX = ".trace"
-MAGIC = b"ahtrace1"
 MAX_BYTES = 64 * MIB  # of all files together; about 3.5 million uses
 MAX_PENDING = 65_536  # uses that wait to be written; one more is dropped
 _FILES = 8  # the bound is shared by about that many files: how much goes when the oldest goes
-_LEAST = 4096  # bytes that a file counts for at least: what it takes of a disk
 _FRAME_USES = 1024  # at most: little enough to be made between two steps of the engine
 _WRITE_SECONDS = 0.25  # how often what has gathered is written
 _PAUSE_SECONDS = 10.0  # after a write that failed
-_FRAME = struct.Struct("<III")
-_TIERS = (Tier.DEVICE, Tier.RAM, Tier.DISK, Tier.REMOTE)
-_CODES = {tier: code for code, tier in enumerate(_TIERS)}
-_USE = np.dtype([("time", "<f8"), ("adapter", "<u4"), ("load_ms", "<f4"), ("tier", "u1")])
-
-
-class Adapter(NamedTuple):
-    """What does not change from one use of a version to the next."""
-
-    version: str
-    digest: str
-    owner: str
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Trace:
-    """Uses in the order of their times: use i is of `adapters[adapter[i]]`."""
-
-    adapters: Sequence[Adapter]
-    time: NDArray[np.float64]  # [uses] seconds since the epoch
-    adapter: NDArray[np.int64]  # [uses] index into `adapters`
-    tier: NDArray[np.uint8]  # [uses] where it was found, as a number of `TIERS`
-    load_ms: NDArray[np.float32]  # [uses]
-
-    TIERS = _TIERS
-
-    def __len__(self) -> int:
-        return len(self.time)
-
-    def __iter__(self) -> Iterator[Use]:
-        columns = (self.time.tolist(), self.adapter.tolist(), self.tier.tolist(), self.load_ms.tolist())
-        for when, index, tier, load_ms in zip(*columns, strict=True):
-            version, digest, owner, nbytes = self.adapters[index]
-            yield Use(when, version, digest, owner, nbytes, _TIERS[tier], load_ms)
-
-
-def read_trace(directory: Path) -> Trace:
-    """All that `directory` holds, also while a server writes there. Empty when there is no such directory."""
-    numbers: dict[Adapter, int] = {}
-    parts = [np.empty(0, _USE)]
-    for path in _files(directory):
-        try:
-            content = path.read_bytes()
-        except FileNotFoundError:  # rotated away at this moment
-            continue
-        names: list[int] = []  # number in this file -> number in all
-        for adapters, uses in _frames(content):
-            names += [numbers.setdefault(adapter, len(numbers)) for adapter in adapters]
-            uses = uses.copy()
-            uses["adapter"] = np.array(names, np.uint32)[uses["adapter"]]
-            parts.append(uses)
-    uses = np.concatenate(parts)
-    uses = uses[np.argsort(uses["time"], kind="stable")]
-    return Trace(list(numbers), uses["time"], uses["adapter"].astype(np.int64), uses["tier"], uses["load_ms"])
-
-
-def erase_owner(directory: Path, owner: str) -> int:
-    """Rewrites every file of `directory` that names `owner` without their uses; returns how many uses that were.
-
-    For a directory that no recorder has open; one that is asks its `Recorder.erase`. A file that there is no room to
-    rewrite is removed: that nothing of the owner stays counts for more than the others' uses in it. Killed in the
-    middle, it can be called again.
-    """
-    remove_partials(directory)
-    erased = 0
-    for path in _files(directory):
-        content = path.read_bytes()
-        kept, count = _without(content, owner)
-        if kept == content:
-            continue
-        erased += count
-        try:
-            write_durably(path, kept)
-        except StorageFull:
-            log.warning("no room to rewrite %s without an owner: it is removed", path)
-            path.unlink()
-    return erased
 
 
 class Recorder:
@@ -167,7 +69,7 @@ class Recorder:
         """For operators: what the trace takes of the disk, and whether it misses anything."""
         with self._writing:
             return {
-                "bytes": sum(size for _, size in _sizes(self.directory)),
+                "bytes": sum(size for _, size in trace_sizes(self.directory)),
                 "max_bytes": self.max_bytes,
                 "recorded": self._recorded,
                 "dropped": self.dropped,
@@ -231,7 +133,7 @@ class Recorder:
                 self._file = None
             self._file = _File.create(self.directory)
         frame = self._file.frame(uses)
-        sizes = _sizes(self.directory)
+        sizes = trace_sizes(self.directory)
         total = sum(size for _, size in sizes) + len(frame)
         for path, size in sizes:
             if total <= self.max_bytes or path == self._file.path:
@@ -258,7 +160,7 @@ class _File:
     @classmethod
     def create(cls, directory: Path) -> _File:
         directory.mkdir(parents=True, exist_ok=True, mode=0o700)
-        last = max((int(path.stem) for path in _files(directory)), default=0)
+        last = max((int(path.stem) for path in trace_files(directory)), default=0)
         path = directory / f"{last + 1:010d}{SUFFIX}"
         handle = path.open("xb", buffering=0)
         path.chmod(0o600)
@@ -273,10 +175,10 @@ class _File:
     def frame(self, uses: list[Use]) -> bytes:
         known = len(self.numbers)
         records = [
-            (use.time, self.numbers.setdefault(Adapter(*use[1:5]), len(self.numbers)), use.load_ms, _CODES[use.tier])
+            (use.time, self.numbers.setdefault(Adapter(*use[1:5]), len(self.numbers)), use.load_ms, CODES[use.tier])
             for use in uses
         ]
-        return _pack(list(self.numbers)[known:], np.array(records, _USE))
+        return pack(list(self.numbers)[known:], np.array(records, USE))
 
     def append(self, content: bytes) -> None:
         written = self.handle.write(content)
@@ -294,47 +196,3 @@ class _File:
 
     def close(self) -> None:
         self.handle.close()
-
-
-def _files(directory: Path) -> list[Path]:
-    """In the order they were written."""
-    return sorted(path for path in directory.glob(f"*{SUFFIX}") if path.stem.isdecimal())
-
-
-def _sizes(directory: Path) -> list[tuple[Path, int]]:
-    return [(path, max(path.stat().st_size, _LEAST)) for path in _files(directory)]
-
-
-def _pack(named: list[Adapter], uses: NDArray[np.void]) -> bytes:
-    adapters = json.dumps(named, separators=(",", ":")).encode()
-    body = adapters + uses.tobytes()
-    return _FRAME.pack(zlib.crc32(body), len(adapters), len(uses)) + body
-
-
-def _frames(content: bytes) -> Iterator[tuple[list[Adapter], NDArray[np.void]]]:
-    """(adapters that it names, its uses) of each whole frame; nothing after one that is not whole."""
-    at = len(MAGIC)
-    if content[:at] != MAGIC:
-        return
-    while at + _FRAME.size <= len(content):
-        checksum, named, count = _FRAME.unpack_from(content, at)
-        at += _FRAME.size
-        body = content[at : at + named + count * _USE.itemsize]
-        at += len(body)
-        if len(body) != named + count * _USE.itemsize or zlib.crc32(body) != checksum:
-            return
-        yield [Adapter(*fields) for fields in json.loads(body[:named])], np.frombuffer(body, _USE, offset=named)
-
-
-def _without(content: bytes, owner: str) -> tuple[bytes, int]:
-    """The whole frames of a file without the uses of `owner`, and how many uses of theirs there were."""
-    frames = list(_frames(content))
-    gone = np.array([adapter.owner == owner for named, _ in frames for adapter in named], bool)
-    numbers = np.cumsum(~gone) - 1  # old number -> new
-    kept, erased = [MAGIC], 0
-    for named, uses in frames:
-        left = uses[~gone[uses["adapter"]]].copy()
-        left["adapter"] = numbers[left["adapter"]]
-        kept.append(_pack([adapter for adapter in named if adapter.owner != owner], left))
-        erased += len(uses) - len(left)
-    return b"".join(kept), erased

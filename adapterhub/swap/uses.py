@@ -1,6 +1,6 @@
 """How each version has been used since the server started.
 
-By version and not by block: that another owner has the very same block, and uses it, is nobody else's to see.
+By version and not by block: several versions of an owner may have the very same one.
 """
 
 from __future__ import annotations

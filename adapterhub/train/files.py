@@ -30,6 +30,24 @@ def create_files(db: sqlite_utils.Database) -> None:
     db.execute("create index files_by_owner on files (owner, created_at)")
 
 
+@migrations()
+def create_uploads(db: sqlite_utils.Database) -> None:
+    db.execute("""
+        create table uploads (
+            id text primary key, owner text not null, filename text not null, purpose text not null,
+            bytes integer not null, status text not null, file text, created_at integer not null,
+            expires_at integer not null)
+    """)
+    db.execute("create index uploads_by_owner on uploads (owner)")
+    db.execute("create index uploads_by_expiry on uploads (expires_at)")
+    db.execute("""
+        create table parts (
+            id text primary key, upload text not null references uploads(id) on delete cascade, bytes integer not null,
+            created_at integer not null)
+    """)
+    db.execute("create index parts_by_upload on parts (upload)")
+
+
 @dataclass(frozen=True)
 class StoredFile:
     id: str
@@ -51,9 +69,8 @@ class FileStore:
 
     def upload(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
         """Stores an upload; when it returns, the file survives a crash. Raises BadRequest or StorageFull."""
-        if purpose not in PURPOSES:
-            raise BadRequest(f"purpose is {purpose[:80]!r}; use one of {', '.join(PURPOSES)}.", param="purpose")
-        stored = self.write(owner, _plain(filename), purpose, chunks)
+        check_purpose(purpose)
+        stored = self.write(owner, plain_name(filename), purpose, chunks)
         try:
             if stored.bytes == 0:
                 raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
@@ -112,6 +129,20 @@ class FileStore:
             db.table("files").delete(identity)
         self._remove(identity)
 
+    def erase(self, owner: str) -> int:
+        """Removes all files of an owner, the bytes first, so that it can go on where it was killed; returns how many
+        that were."""
+        count = 0
+        while rows := self._database.rows("select id from files where owner = ? limit 1000", (owner,)):
+            for row in rows:
+                self.path(row["id"]).unlink(missing_ok=True)
+            sync_directory(self._directory)
+            with self._database.transaction() as db:
+                for row in rows:
+                    db.table("files").delete(row["id"])
+            count += len(rows)
+        return count
+
     def path(self, identity: str) -> Path:
         """Where the bytes of a file lie; `identity` is one that this store made, never a caller's text."""
         return self._directory / identity
@@ -131,7 +162,13 @@ class FileStore:
         sync_directory(self._directory)
 
 
-def _plain(filename: str) -> str:
+def check_purpose(purpose: str) -> None:
+    """Raises BadRequest."""
+    if purpose not in PURPOSES:
+        raise BadRequest(f"purpose is {purpose[:80]!r}; use one of {', '.join(PURPOSES)}.", param="purpose")
+
+
+def plain_name(filename: str) -> str:
     """What is shown of a name that a client gave: its last part, without what a terminal or a database may not take."""
     text = filename.replace("\\", "/").rpartition("/")[2].encode(errors="replace").decode()
     return re.sub(r"[\x00-\x1f\x7f]", "", text)[:255] or "file"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from figure import Figure
 
-from benchmarks import coldboot, decode, memory, policy, prefill, scale, start, trace, train
+from benchmarks import coldboot, decode, grammar, memory, policy, prefill, scale, start, trace, train
 from benchmarks.peers import Setting
 from benchmarks.report import DOCS, publish, save, show
 
@@ -22,6 +22,7 @@ BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "trace": trace.run,
     "policy": policy.run,
     "train": train.run,
+    "grammar": grammar.run,
 }
 TITLES = {name: (bench.__globals__["__doc__"] or "").strip() for name, bench in BENCHES.items()}
 

@@ -18,12 +18,12 @@ import httpx
 import numpy as np
 from figure import Figure
 
+from adapterhub.swap.frames import Trace, read_trace
 from adapterhub.swap.generate import arrivals, power, zipf
 from adapterhub.swap.policies import Policy
 from adapterhub.swap.registry import Version
 from adapterhub.swap.simulate import Budgets, simulate
 from adapterhub.swap.simulate import Setting as Replayed
-from adapterhub.swap.trace import Trace, read_trace
 from benchmarks.load import Answer, Load, complete
 from benchmarks.peers import Setting
 from benchmarks.server import Server, base, chosen, server
