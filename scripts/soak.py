@@ -32,10 +32,11 @@ from adapterhub.base.native.decoder import supports
 from adapterhub.base.request import Output, Request, Sampling
 from adapterhub.config import MIB, Config
 from adapterhub.swap.ref import AdapterRef
-from adapterhub.train.data import Example
-from adapterhub.train.plan import Plan
-from adapterhub.train.trainer import News, Trained, Trainer
-from tests.tiny import kv_bytes, prompt_of, serving_twin, stored, tiny_model
+from adapterhub.train.cotrainer import CoTrainer
+from adapterhub.train.news import News, Trained
+from adapterhub.train.plan import make_plan
+from adapterhub.train.run import Run
+from tests.tiny import kv_bytes, prompt_of, serving_twin, stored, tiny_model, to_learn
 
 OWNERS = 12
 QUESTIONS = 4  # for each adapter
@@ -45,7 +46,7 @@ MAX_BATCH = 16
 KV_BLOCKS = 12  # a request needs up to 7
 ASKED_AT_ONCE = 60
 INSPECTIONS = 20
-SLACK = 12 * MIB  # that the process may grow after the first tenth
+SLACK = 24 * MIB  # that the process may grow after the first tenth: what the allocator keeps
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,8 @@ class Served:
     def __init__(self, base: Base, directory: Path, **config: Any) -> None:
         self._heard: SimpleQueue[list[Output]] = SimpleQueue()
         self.engine = Engine(base, Config(data_dir=directory, **config), self._heard.put)
+        self.trainer = CoTrainer(base, self.engine.wake)
+        self.engine.set_idle_work(self.trainer)
 
     def submit(self, name: str, question: Question, tokens: int = TOKENS, owner: str | None = None) -> None:
         """Asks for the first `tokens` of the answer."""
@@ -203,15 +206,18 @@ class EngineSoak:
             self._hear(served)
 
     def _inspect(self, served: Served, number: int) -> None:
-        """Counts pins, extents and blocks under load, and again when all is quiet; then lets a job begin."""
+        """Counts pins, extents and blocks under load, and again when all is quiet; then lets two jobs begin."""
         served.engine.check_integrity().result(60)
         self._drain(served)
+        while served.trainer.running:
+            time.sleep(0.01)
         served.engine.check_integrity().result(60)
         self.resident.append(resident_bytes())
         print(f"{number:>8} requests, {self.resident[-1] / MIB:.1f} MiB resident", flush=True)
-        examples = [Example(prompt_of(20, seed), [True] * 20) for seed in range(6)]
-        plan = Plan(2, 3, 1.0, 4, (), number, None)
-        served.engine.set_idle_work(Trainer(self.town.base, examples, plan, 40, self._note))
+        for seed in (number, number + 1):
+            data = to_learn(prompt_of(20, seed + at) for at in range(6))
+            plan = make_plan({"n_epochs": 2, "batch_size": 3, "rank": 4}, seed, len(data), self.town.base.layout)
+            served.trainer.add(Run(self.town.base, plan, data, None, self._note))
 
     def _note(self, news: News) -> None:
         if isinstance(news, Exception):

@@ -25,7 +25,6 @@ from tests.test_trainer import (
     all_of,
     block_of,
     carry_out,
-    data_of,
     losses_of,
     make_items,
     make_pairs,
@@ -33,7 +32,7 @@ from tests.test_trainer import (
     run,
     trained,
 )
-from tests.tiny import greedy, prompt_of, serving_twin, tiny_model
+from tests.tiny import data_set, greedy, prompt_of, serving_twin, tiny_model
 
 PLANS = {
     "small": make_plan(rank=1, targets=("q_proj", "v_proj"), batch_size=2),
@@ -54,7 +53,7 @@ def items_of(name: str) -> list[Any]:
 
 
 def run_of(base: Base, name: str, news: list[News], **more: Any) -> Run:
-    return Run(base, PLANS[name], data_of(items_of(name)), None, news.append, **more)
+    return Run(base, PLANS[name], data_set(items_of(name)), None, news.append, **more)
 
 
 def assert_same(found: list[News], expected: list[News]) -> None:
@@ -103,7 +102,7 @@ def test_of_two_jobs_one_of_twice_the_weight_has_twice_the_tokens(base: Base) ->
     told: list[list[News]] = [[], []]
     trainer = CoTrainer(base, lambda: None)
     for weight, news in zip((1.0, 2.0), told, strict=True):
-        trainer.add(Run(base, plan, data_of(make_items(40)), None, news.append), weight)
+        trainer.add(Run(base, plan, data_set(make_items(40)), None, news.append), weight)
     while not all_of(Trained, told[1]):
         trainer.step(30)
     slow, fast = (all_of(Progress, news)[-1].trained_tokens for news in told)
@@ -119,8 +118,8 @@ def test_a_job_that_fails_fails_alone(base: Base) -> None:
     broken[3][0].tokens[1] = 10**6
     trainer = CoTrainer(base, lambda: None)
     trainer.add(run_of(base, "large", good))
-    trainer.add(Run(base, make_plan(), data_of(broken), None, bad.append))
-    trainer.add(Run(base, make_plan(learning_rate_multiplier=1e35), data_of(make_items()), None, diverging.append))
+    trainer.add(Run(base, make_plan(), data_set(broken), None, bad.append))
+    trainer.add(Run(base, make_plan(learning_rate_multiplier=1e35), data_set(make_items()), None, diverging.append))
     carry_out(trainer, 10**6)
     assert isinstance(bad[-1], ServerFault)
     assert isinstance(diverging[-1], HubError)
@@ -337,7 +336,7 @@ def test_forwards_of_others_in_the_middle_of_one_change_neither(family: str) -> 
     plan = make_plan(max_steps=2)
     disturbed: list[News] = []
     trainer = CoTrainer(base, lambda: None)
-    trainer.add(Run(base, plan, data_of(make_items()), None, disturbed.append))
+    trainer.add(Run(base, plan, data_set(make_items()), None, disturbed.append))
     while trainer.step(50, give_way):
         pass
     assert asked > 20

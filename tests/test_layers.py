@@ -99,4 +99,4 @@ for package in ("adapterhub.swap", "adapterhub.base", "adapterhub.train"):
 def test_swap_base_and_train_import_without_a_web_framework() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_WEB], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    assert {"adapterhub.swap.tiers", "adapterhub.base.engine", "adapterhub.train.trainer"} <= set(run.stdout.split())
+    assert {"adapterhub.swap.tiers", "adapterhub.base.engine", "adapterhub.train.cotrainer"} <= set(run.stdout.split())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import random
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +22,7 @@ from adapterhub.errors import HubError
 from adapterhub.swap import peft
 from adapterhub.swap.block import Block
 from adapterhub.train.cotrainer import CoTrainer
-from adapterhub.train.dataset import DataSet, Example, Kind
+from adapterhub.train.dataset import Example, Kind
 from adapterhub.train.news import News, Progress, Started, Trained
 from adapterhub.train.parameters import Parameters
 from adapterhub.train.plan import Plan, Schedule, target_layout
@@ -31,6 +30,7 @@ from adapterhub.train.run import Run
 from tests.tiny import (
     CPU,
     Machine,
+    data_set,
     full_logits,
     greedy,
     prompt_of,
@@ -88,11 +88,6 @@ def make_pairs(count: int = 10, start: int = 100) -> list[Item]:
     ]
 
 
-def data_of(items: list[Item]) -> DataSet:
-    with tempfile.TemporaryDirectory() as directory:  # the file stays, without a name, for as long as it is mapped
-        return DataSet.of(Kind.DPO if len(items[0]) == 2 else Kind.SUPERVISED, items, Path(directory), "train")
-
-
 def carry_out(trainer: CoTrainer, tokens: int = 10**6) -> int:
     """Every piece there is, as the engine does them; returns how many that were."""
     pieces = 0
@@ -106,7 +101,7 @@ def run(base: Base, plan: Plan, items: list[Item], tokens: int = 10**6, **more: 
     news: list[News] = []
     trainer = CoTrainer(base, lambda: None)
     valid = more.pop("valid", None)
-    trainer.add(Run(base, plan, data_of(items), data_of(valid) if valid else None, news.append, **more))
+    trainer.add(Run(base, plan, data_set(items), data_set(valid) if valid else None, news.append, **more))
     carry_out(trainer, tokens)
     assert trainer.running == 0
     return news
@@ -286,7 +281,7 @@ def test_micro_batches_give_the_same_as_one_batch(lesson: Lesson, micro_tokens: 
 def test_a_piece_is_a_micro_batch(lesson: Lesson) -> None:
     """So that a request waits for no more than that many tokens."""
     trainer = CoTrainer(lesson.base, lambda: None)
-    trainer.add(Run(lesson.base, make_plan(max_steps=2), data_of(make_items()), None, lambda _: None))
+    trainer.add(Run(lesson.base, make_plan(max_steps=2), data_set(make_items()), None, lambda _: None))
     sizes = [len(item[0].tokens) for batch in batches_of(make_items(), make_plan(), 2) for item in batch]
     measured = sum(len(item[0].tokens) for item in make_items())  # before and after
     assert [trainer.step(10**6), *(trainer.step(1) for _ in sizes)] == [measured, *sizes]
@@ -386,7 +381,7 @@ def test_a_job_trains_the_same_while_the_base_serves_and_its_adapter_is_live_at_
     with serving(lesson.base, tmp_path) as client:
         trainer = CoTrainer(lesson.base, client.engine.wake)
         client.engine.set_idle_work(trainer)
-        trainer.add(Run(lesson.base, make_plan(), data_of(make_items()), None, news.append))
+        trainer.add(Run(lesson.base, make_plan(), data_set(make_items()), None, news.append))
         turns = 0
         while not (news and isinstance(news[-1], Trained)):
             assert client.ask(prompt, max_tokens=30) == plain
@@ -403,7 +398,7 @@ def test_a_job_that_diverges_does_not_disturb_the_others(lesson: Lesson, tmp_pat
         trainer = CoTrainer(lesson.base, client.engine.wake)
         client.engine.set_idle_work(trainer)
         plan = make_plan(learning_rate_multiplier=1e35)
-        trainer.add(Run(lesson.base, plan, data_of(make_items()), None, news.append))
+        trainer.add(Run(lesson.base, plan, data_set(make_items()), None, news.append))
         for _ in range(1000):
             client.ask(prompt_of(5))
             if news and isinstance(news[-1], HubError):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import secrets
+import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import (
@@ -41,6 +43,7 @@ from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef
 from adapterhub.swap.tiers import Tiers
+from adapterhub.train.dataset import DataSet, Example, Kind
 
 CPU = torch.device("cpu")
 VOCABULARY = 160
@@ -302,3 +305,14 @@ def greedy(model: Any, prompt: Sequence[int], count: int) -> list[int]:
         input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, do_sample=False, pad_token_id=0
     )
     return out[0, len(prompt) :].tolist()
+
+
+def data_set(items: Sequence[tuple[Example, ...]]) -> DataSet:
+    """In memory, as far as anybody can tell: its file has no name for as long as it is mapped."""
+    with tempfile.TemporaryDirectory() as directory:
+        return DataSet.of(Kind.DPO if len(items[0]) == 2 else Kind.SUPERVISED, items, Path(directory), "train")
+
+
+def to_learn(texts: Iterable[Sequence[int]]) -> DataSet:
+    """Texts of which every token is learned."""
+    return data_set([(Example(np.array(t, np.int32), np.ones(len(t), np.bool_)),) for t in texts])

@@ -32,10 +32,6 @@ def add_lora_torch(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) 
         factors = segment.adapter.factors.get(target)
         if factors is not None:
             rows = slice(segment.start, segment.end)
-            if torch.is_grad_enabled():
-                index = torch.arange(segment.start, segment.end, device=y.device)
-                y = y.index_add(0, index, (x[rows] @ factors.a.to(x.dtype).T) @ factors.b.to(x.dtype))
-                continue
             y[rows].addmm_(x[rows] @ factors.a.T, factors.b)
     return y
 

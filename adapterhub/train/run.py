@@ -27,6 +27,7 @@ from adapterhub.train.work import PreferenceWork, References, ReferenceWork, Wor
 
 _MAX_NORM = 1.0
 _SAVE_SECONDS = 30.0
+_VALID_ITEMS = 256  # of a validation file, for each evaluation; chosen by the seed
 _PROOF_ITEMS = 32  # of the training data, where nothing was held out
 _SMOOTH = 5  # losses, whose mean is compared with the first one, to see an explosion
 
@@ -244,8 +245,8 @@ class Run:
         if adapter is None and self.plan.kind is Kind.DPO:
             return Evaluation(math.log(2), 0.0)  # the base gains nothing over itself: every margin is 0
         data = self._valid or self._train
-        few = np.random.default_rng(self.plan.seed).permutation(len(data))[:_PROOF_ITEMS]
-        items = [int(i) for i in few] if self._valid is None else list(range(len(data)))
+        most = _PROOF_ITEMS if self._valid is None else _VALID_ITEMS
+        items = [int(i) for i in np.random.default_rng(self.plan.seed).permutation(len(data))[:most]]
         work = yield from self._done(data, items, adapter)
         return work.result
 

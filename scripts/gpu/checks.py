@@ -26,9 +26,10 @@ from adapterhub.base.model import Base, prepare_base
 from adapterhub.errors import HubError
 from adapterhub.swap import peft
 from adapterhub.swap.ref import AdapterRef
-from adapterhub.train.data import Example
-from adapterhub.train.plan import Plan
-from adapterhub.train.trainer import News, Progress, Trained, Trainer
+from adapterhub.train.cotrainer import CoTrainer
+from adapterhub.train.news import News, Progress, Trained
+from adapterhub.train.plan import make_plan
+from adapterhub.train.run import Run
 from gpu.report import Check
 from tests.tiny import (
     Client,
@@ -40,6 +41,7 @@ from tests.tiny import (
     serving,
     stored,
     tiny_model,
+    to_learn,
 )
 
 FAMILIES = ("llama", "qwen2", "mistral", "gemma2")
@@ -197,15 +199,18 @@ def _all_at_once(
 def check_training(make: MakeZoo, name: str) -> Check:
     """A job beside serving: the loss falls, what is served stays right, and the published block serves as in PEFT."""
     prompt, steps = prompt_of(30), 30
-    examples = [Example(prompt_of(12, seed), [True] * 12) for seed in range(100, 104)]
-    plan = Plan(steps, 4, 10.0, 4, (), 7, None)
+    data = to_learn(prompt_of(12, seed) for seed in range(100, 104))
+    asked_for = {"n_epochs": steps, "batch_size": 4, "rank": 4, "learning_rate": 2e-2}
     news: list[News] = []
     with make() as zoo:
         verdict = Verdict(TIE[zoo.base.dtype])
         with serving(zoo.base, zoo.directory) as client:
-            client.engine.set_idle_work(Trainer(zoo.base, examples, plan, 24, news.append))
+            trainer = CoTrainer(zoo.base, client.engine.wake)
+            client.engine.set_idle_work(trainer)
+            plan = make_plan(asked_for, 7, len(data), zoo.base.layout)
+            trainer.add(Run(zoo.base, plan, data, None, news.append))
             for asked in count():
-                if news and not isinstance(news[-1], Progress):
+                if news and isinstance(news[-1], Trained | HubError):
                     break
                 user = asked % len(zoo.refs)
                 answer = client.ask(prompt, zoo.refs[user], owner=f"{asked}", max_tokens=TOKENS)

@@ -29,10 +29,12 @@ from adapterhub.config import MIB, Config, format_bytes
 from adapterhub.swap.allocator import aligned
 from adapterhub.swap.block import write_block
 from adapterhub.swap.ref import AdapterRef, Tier
-from adapterhub.train.data import Example
-from adapterhub.train.plan import Plan
-from adapterhub.train.trainer import News, Progress, Trainer
+from adapterhub.train.cotrainer import CoTrainer
+from adapterhub.train.news import News, Progress, Trained
+from adapterhub.train.plan import make_plan
+from adapterhub.train.run import Run
 from gpu.limits import Limits, seconds
+from tests.tiny import to_learn
 
 RANK = 16  # on all linears
 SIZE = 0.02  # of a random adapter's numbers
@@ -284,42 +286,57 @@ def peft_steps(stage: Stage) -> list[float]:
 def training(stage: Stage) -> list[Figure]:
     """Tokens per second of whole optimizer steps, of 4 examples each."""
     length, whole = stage.sizes.example, BATCH * stage.sizes.example
-    examples = [Example(stage.prompt(length), [True] * length) for _ in range(BATCH)]
+    texts = [stage.prompt(length) for _ in range(BATCH)]
     figures = []
     for micro in (length, whole):
-        rates = _train(stage, examples, micro)
+        rates = _train(stage, texts, micro)
         figures.append(Figure.of(f"training in micro-steps of {micro} tokens", "tok/s", rates))
-    rates = [whole / s for s in seconds(stage.device, peft_step(stage, examples), stage.sizes.steps)]
+    rates = [whole / s for s in seconds(stage.device, peft_step(stage, texts), stage.sizes.steps)]
     note = f"ours is {figures[-1].median / statistics.median(rates):.2f} times that"
     return [*figures, Figure.of(f"PEFT: training in batches of {whole} tokens", "tok/s", rates, note)]
 
 
-def _train(stage: Stage, examples: list[Example], micro: int) -> list[float]:
+class Pieces(CoTrainer):
+    """With pieces of a given size, whatever the engine would give it."""
+
+    def __init__(self, base: Base, wake: Callable[[], None], tokens: int) -> None:
+        super().__init__(base, wake)
+        self._tokens = tokens
+
+    def step(self, tokens: int, give_way: Callable[[], None] = lambda: None) -> int:
+        return super().step(self._tokens, give_way)
+
+
+def _train(stage: Stage, texts: list[list[int]], micro: int) -> list[float]:
     """Tokens per second of each step but the first two, of a job that the engine runs with nobody asking."""
     heard: SimpleQueue[tuple[float, News]] = SimpleQueue()
-    plan = Plan(stage.sizes.steps + 2, BATCH, 0.1, RANK, (), 0, None)
-    job = Trainer(stage.base, examples, plan, micro, lambda news: heard.put((time.perf_counter(), news)))
+    asked_for = {"n_epochs": stage.sizes.steps + 2, "batch_size": BATCH, "rank": RANK, "keep_checkpoints": 0}
+    plan = make_plan(asked_for, 0, BATCH, stage.base.layout)
+    job = Run(stage.base, plan, to_learn(texts), None, lambda news: heard.put((time.perf_counter(), news)))
     times = []
     with stage.serving(adapters=1) as served:
-        served.engine.set_idle_work(job)
+        trainer = Pieces(stage.base, served.engine.wake, micro)
+        served.engine.set_idle_work(trainer)
+        trainer.add(job)
         while True:
             at, news = heard.get(timeout=120)
             if isinstance(news, Exception):
                 raise news
-            if not isinstance(news, Progress):
+            if isinstance(news, Trained):
                 break
-            times.append(at)
-    tokens = sum(len(e.tokens) for e in examples)
+            if isinstance(news, Progress):
+                times.append(at)
+    tokens = sum(map(len, texts))
     return [tokens / (later - sooner) for sooner, later in pairwise(times[1:])]
 
 
-def peft_step(stage: Stage, examples: list[Example]) -> Callable[[], None]:
+def peft_step(stage: Stage, texts: list[list[int]]) -> Callable[[], None]:
     """The same by PEFT, as transformers' trainer does it: factors in fp32, products in bf16 by autocast."""
     config = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type="CAUSAL_LM")
     model: Any = get_peft_model(copy.deepcopy(stage.plain), config).train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trainable, lr=2e-4, weight_decay=0.0)
-    ids = torch.tensor([e.tokens for e in examples], device=stage.device)
+    ids = torch.tensor(texts, device=stage.device)
 
     def step() -> None:
         with torch.autocast(stage.device.type, torch.bfloat16):
