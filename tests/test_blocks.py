@@ -287,3 +287,22 @@ def test_a_name_differs_by_salt_by_token_and_by_place() -> None:
     others = [chain(b"pepper", tokens), chain(one, tokens), chain(b"salt", tokens[::-1]), chain(b"salt", tokens[:15])]
     assert len({one, *others}) == 5
     assert chain(b"salt", [49151, 2**33]) != chain(b"salt", [49151, 0])
+
+
+def test_an_owners_blocks_are_erased_and_nobody_elses() -> None:
+    cleared: list[int] = []
+    blocks = BlockTable(4, cleared.extend)
+    taken = blocks.allocate(4)
+    assert taken is not None
+    for block, owner in zip(taken, ("mira", "mira", "ola", "mira"), strict=True):
+        blocks.name(block, bytes([block]), owner)
+    blocks.release(taken[1:])
+    assert blocks.erase("mira") == 3
+    assert sorted(cleared) == sorted([taken[1], taken[3]])
+    assert blocks.share([bytes([taken[2]])]) == [taken[2]]
+    assert blocks.share([bytes([taken[0]])]) == []
+    blocks.check_integrity([taken[0], taken[2]])
+    blocks.release([taken[0], taken[2]])
+    assert taken[0] in cleared, "what was still held is not kept"
+    assert blocks.erase("mira") == 0
+    blocks.check_integrity([])

@@ -661,7 +661,7 @@ def test_one_more_than_the_queue_holds_is_refused_until_another_has_ended(town: 
     with serving(town.base, town.directory, max_batch=1, max_waiting=2) as client:
         for name in ("running", "second", "third"):
             client.submit(name, prompt_of(5), max_tokens=60)
-        with pytest.raises(TooManyRequests, match="3 requests are waiting or running"):
+        with pytest.raises(TooManyRequests, match="Too many requests are waiting or running"):
             client.submit("fourth", prompt_of(5))
         client.engine.cancel("third")
         client.tokens("second")

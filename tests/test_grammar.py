@@ -6,6 +6,7 @@ import json
 import random
 from collections.abc import Iterator
 from concurrent.futures import Future
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -353,3 +354,30 @@ def test_the_tokenizer_of_the_embedded_base_is_followed_byte_for_byte(base_direc
         at, tokens = grammar.start().at, tokenizer.encode(text, add_special_tokens=False)
         assert at.try_consume_tokens(tokens) == len(tokens)
         assert at.is_accepting()
+
+
+# -- schemas that mean nothing
+
+
+KEYWORDS = [
+    "type", "properties", "required", "additionalProperties", "patternProperties", "minProperties", "maxProperties",
+    "items", "prefixItems", "minItems", "maxItems", "enum", "const", "anyOf", "allOf", "oneOf", "$ref", "$defs",
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf", "minLength", "maxLength", "pattern",
+    "format", "not", "if", "x-guidance", "$schema", "$id",
+]  # fmt: skip
+NUMBERS = st.integers() | st.floats() | st.sampled_from([10**400, -(10**400), 1e308, 5e-324, 2**63, -1])
+ODD = st.none() | st.booleans() | NUMBERS | st.sampled_from([*KEYWORDS, "string", "#", "#/$defs/a", "[", "a{9999999}"])
+GARBAGE = st.recursive(
+    ODD,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), inner, max_size=4),
+)
+
+
+@settings(max_examples=300)
+@given(st.dictionaries(st.sampled_from(KEYWORDS), GARBAGE, max_size=5), st.booleans())
+def test_any_object_at_all_as_a_schema_is_followed_or_refused(
+    grammars: Grammars, schema: dict[str, Any], strict: bool
+) -> None:
+    with suppress(BadRequest):
+        grammar = compiled(grammars, schema, strict=strict)
+        answer(grammar, 49152, 0)

@@ -21,7 +21,7 @@ from adapterhub.api.tenancy.quotas import EVERYBODY, Limits, Quotas
 from adapterhub.api.tenancy.rates import USUAL_ANSWER, Rates
 from adapterhub.errors import BadRequest, RateLimited
 from adapterhub.swap.database import Database
-from tests.serving import BASE, PeftFiles, Server, User, run_cli
+from tests.serving import BASE, PeftFiles, Server, User, chat_lines, run_cli
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 
@@ -262,7 +262,7 @@ def test_adapters_are_limited_and_new_versions_of_one_are_not(server: Server, us
     for name in ("a", "b", "a"):
         user.import_adapter(adapter, name)
     answer = user.http.post("/v1/adapters", data={"name": "c"}, files=adapter.upload)
-    assert "You have 2 adapters" in limited(answer, "exceeded_quota")
+    assert "You have 2 of at most 2 adapters" in limited(answer, "exceeded_quota")
     assert answer.headers["x-should-retry"] == "false"
     [first, _] = user.http.get("/v1/adapters").json()["data"]
     user.http.delete(f"/v1/adapters/{first['id']}").raise_for_status()
@@ -297,6 +297,45 @@ def test_bytes_of_files_and_adapters_are_limited_together(server: Server, user: 
     assert used["limits"]["bytes"] == imported["bytes"] + 1000
     user.openai.files.delete(kept)
     user.upload(b"x" * 600, purpose="user_data")
+
+
+def test_jobs_at_once_are_limited_and_a_retry_of_one_is_no_other(server: Server, user: User) -> None:
+    set_quota(server, user.owner, jobs=1)
+    long = {"n_epochs": 50, "max_steps": 100_000, "batch_size": 1}
+    file = user.upload(chat_lines(200))
+    body = {"model": BASE, "training_file": file, "suffix": "a", "hyperparameters": long}
+
+    def create(**headers: str) -> httpx.Response:
+        return user.http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
+
+    job = create().raise_for_status().json()["id"]
+    assert "You have 1 of at most 1 fine-tuning jobs under way" in limited(create(), "exceeded_quota")
+    assert create(**{"x-stainless-retry-count": "1"}).raise_for_status().json()["id"] == job
+    assert user.http.get("/v1/quotas").json()["used"]["jobs"] == 1
+    user.openai.fine_tuning.jobs.cancel(job)
+    other = create().raise_for_status().json()["id"]
+    user.openai.fine_tuning.jobs.cancel(other)
+
+
+def test_an_adapter_that_a_job_will_make_counts(server: Server, user: User, adapter: PeftFiles) -> None:
+    set_quota(server, user.owner, adapters=1)
+    file = user.upload(chat_lines(200))
+    long = {"n_epochs": 50, "batch_size": 1}
+
+    def create(suffix: str | None) -> httpx.Response:
+        body = {"model": BASE, "training_file": file, "suffix": suffix, "hyperparameters": long}
+        return user.http.post("/v1/fine_tuning/jobs", json=body)
+
+    jobs = [create("a").raise_for_status().json()["id"], create("a").raise_for_status().json()["id"]]
+    for suffix in ("b", None):
+        assert "You have 1 of at most 1 adapters" in limited(create(suffix), "exceeded_quota")
+    limited(user.http.post("/v1/adapters", data={"name": "b"}, files=adapter.upload), "exceeded_quota")
+    for job in jobs:
+        user.openai.fine_tuning.jobs.cancel(job)
+    create("b").raise_for_status()
+    for job in user.openai.fine_tuning.jobs.list():
+        if job.status not in ("cancelled", "failed", "succeeded"):
+            user.openai.fine_tuning.jobs.cancel(job.id)
 
 
 def test_the_command_line_shows_and_sets_quotas(server: Server, user: User) -> None:

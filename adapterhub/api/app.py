@@ -25,6 +25,7 @@ from adapterhub.api import (
     quotas,
     uploads,
     usage,
+    users,
     versions,
 )
 from adapterhub.api.envelope import Envelope, error_response
@@ -55,7 +56,7 @@ def create_app(config: Config, base: Base) -> FastAPI:
     # no pages of documentation: they would run scripts of another site's, next to the keys that people enter there
     app = FastAPI(title="AdapterHub", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
     app.state.gate = gate = Gate()
-    for module in (files, uploads, jobs, models, chat, completions, adapters, admin, keys, quotas, usage):
+    for module in (files, uploads, jobs, models, chat, completions, adapters, admin, keys, quotas, usage, users):
         app.include_router(module.router)
     for router, own in ((versions.looking, versions.own_seen), (versions.router, versions.own_changed)):
         for prefix, whose in (("/v1/adapters", own), ("/admin/adapters", versions.anybodys)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Annotated
@@ -74,8 +75,18 @@ class Needs:
         return caller
 
 
+class Changes(Needs):
+    """As `Needs`; the request is known to be under way until it has been answered, so that whoever erases the owner
+    can wait for what it still writes."""
+
+    async def __call__(self, request: Request) -> AsyncIterator[Principal]:  # type: ignore[override]
+        caller = await super().__call__(request)
+        with request.app.state.hub.changes.on_behalf(caller.owner):
+            yield caller
+
+
 Caller = Annotated[Principal, Depends(Needs(Scope.READ))]
 Inferring = Annotated[Principal, Depends(Needs(Scope.INFER))]
 Choosing = Annotated[Principal, Depends(Needs(Scope.READ, Scope.INFER))]  # looks which models there are
-Training = Annotated[Principal, Depends(Needs(Scope.TRAIN))]
+Training = Annotated[Principal, Depends(Changes(Scope.TRAIN))]
 Admin = Annotated[Principal, Depends(Needs(Scope.ADMIN))]

@@ -15,6 +15,8 @@ class Body(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_text(cls, data: Any) -> Any:
+        if isinstance(data, bytes):
+            raise ValueError("it is not JSON; send it with Content-Type: application/json")
         try:
             json.dumps(data, ensure_ascii=False).encode()
         except (UnicodeEncodeError, RecursionError) as error:

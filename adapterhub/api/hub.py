@@ -6,19 +6,22 @@ import asyncio
 import logging
 import os
 import threading
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterable
+from concurrent.futures import Future
 from contextlib import asynccontextmanager
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
 
+from adapterhub.api.erase import Eraser
 from adapterhub.api.steering import Steering, with_saved
+from adapterhub.api.tenancy.erasures import Erasures
 from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.api.tenancy.meter import Meter
 from adapterhub.api.tenancy.quotas import Limits, Quotas
 from adapterhub.api.tenancy.rates import Rates
 from adapterhub.api.tenancy.room import Room
-from adapterhub.api.tenancy.underway import Underway
+from adapterhub.api.tenancy.underway import Changing, Underway
 from adapterhub.api.tenancy.usage import Usage
 from adapterhub.base.engine import Engine
 from adapterhub.base.grammar import Grammars
@@ -39,6 +42,7 @@ from adapterhub.swap.ref import Use
 from adapterhub.swap.registry import Registry, Version
 from adapterhub.swap.settings import Settings
 from adapterhub.swap.store import Store
+from adapterhub.swap.threads import settle
 from adapterhub.swap.trace import Recorder
 from adapterhub.swap.uses import Uses
 from adapterhub.train.conductor import Conductor
@@ -53,6 +57,7 @@ from adapterhub.train.worker import Worker
 from adapterhub.train.workspace import Workspaces
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 ADMIN_OWNER = "admin"
 _GRACE_SECONDS = 5.0  # for what waits for the store when the server is told to stop
 
@@ -73,6 +78,8 @@ class Hub:
         self.config = config = with_saved(config, settings)
         self.keys = KeyStore(self.database)
         self.underway = Underway(self.keys)
+        self.changes = Changing()
+        self.erasures = Erasures(self.database, self.keys)
         self.quotas = Quotas(self.database, _limits(config))
         self.rates = Rates(self.database, self.quotas)
         self.room = Room(self.database, self.quotas)
@@ -99,6 +106,7 @@ class Hub:
         self.trainer = CoTrainer(base, self.engine.wake)
         self.engine.set_idle_work(self.trainer)
         self.worker = self._worker()
+        self.eraser = Eraser(self)
 
     def start(self) -> None:
         """Within the event loop that will serve."""
@@ -112,6 +120,7 @@ class Hub:
         if self.mirror is not None:
             self.mirror.start()
         self.engine.start()
+        self.eraser.go_on()
         self.worker.start()
 
     def stop(self) -> None:
@@ -163,6 +172,13 @@ class Hub:
         """Ends whatever answers are under way, which are told why."""
         for request, outputs in self._streams.items():
             outputs.put_nowait(Output(request, error=Unavailable("The server is stopping. Ask again in a moment.")))
+
+    def on_loop(self, act: Callable[[], Result]) -> Result:
+        """Has the event loop do something, and waits for it; for other threads."""
+        assert self._loop is not None
+        done: Future[Result] = Future()
+        self._loop.call_soon_threadsafe(settle, done, act)
+        return done.result()
 
     def forget(self, versions: Iterable[Version]) -> None:
         """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""

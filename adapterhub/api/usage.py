@@ -78,7 +78,7 @@ def _report(hub: Hub, asked: Asked, form: Form) -> Response | dict[str, Any]:
     hub.meter.save()
     if form.format == "csv":
         headers = {"content-disposition": f'attachment; filename="usage-{asked.first}-{asked.last}.csv"'}
-        return StreamingResponse(_csv(hub, asked), media_type="text/csv", headers=headers)
+        return StreamingResponse(usage_csv(hub, asked), media_type="text/csv", headers=headers)
     rows = hub.usage.report(asked, skip=form.after, limit=form.limit + 1)
     shown = [_usage_object(row, form.after + at + 1) for at, row in enumerate(rows[: form.limit])]
     return listed(shown, len(rows) > form.limit)
@@ -88,7 +88,8 @@ def _usage_object(row: Row, place: int) -> dict[str, Any]:
     return {"id": str(place), "object": "usage", **{name: None if v == NONE else v for name, v in row.items()}}
 
 
-def _csv(hub: Hub, asked: Asked) -> Iterator[str]:
+def usage_csv(hub: Hub, asked: Asked) -> Iterator[str]:
+    """A table with its headings, in pieces."""
     table = io.StringIO()
     writer = csv.DictWriter(table, [*map(str, asked.by), *Counts._fields])
     writer.writeheader()

@@ -24,6 +24,7 @@ class BlockTable:
         self._holders: dict[int, int] = {}
         self._names: dict[int, bytes] = {}
         self._by_name: dict[bytes, int] = {}
+        self._owners: dict[int, str] = {}  # of the named ones
 
     @property
     def free(self) -> int:
@@ -35,7 +36,7 @@ class BlockTable:
             return None
         forgotten = [self._kept.popitem(last=False)[0] for _ in range(count - len(self._clean))]
         for block in forgotten:
-            del self._by_name[self._names.pop(block)]
+            self._unname(block)
         if forgotten:
             self._clear(forgotten)
         taken = [self._clean.pop() for _ in range(count - len(forgotten))] + forgotten
@@ -54,11 +55,26 @@ class BlockTable:
             found.append(block)
         return found
 
-    def name(self, block: int, name: bytes) -> None:
+    def name(self, block: int, name: bytes, owner: str = "") -> None:
         """The held `block` is full, and from now on to be found by `name`, unless another one is already."""
         if name not in self._by_name and block not in self._names:
             self._names[block] = name
             self._by_name[name] = block
+            self._owners[block] = owner
+
+    def erase(self, owner: str) -> int:
+        """No block of the owner's is found any more, and those that nobody holds are cleared, the others when they are
+        released; returns how many that were."""
+        gone = [block for block, whose in self._owners.items() if whose == owner]
+        for block in gone:
+            self._unname(block)
+        idle = [block for block in gone if block in self._kept]
+        for block in idle:
+            del self._kept[block]
+        if idle:
+            self._clear(idle)
+            self._clean += idle
+        return len(gone)
 
     def release(self, blocks: Sequence[int]) -> None:
         """One holder less for each. Later blocks of a sequence are forgotten before the earlier ones they build on."""
@@ -83,6 +99,11 @@ class BlockTable:
         assert counts == self._holders, "KV blocks leaked, or held by nobody"
         assert sorted([*self._clean, *self._kept, *counts]) == list(range(self.total)), "KV blocks lost or shared"
         assert {self._by_name[name] for name in self._names.values()} == self._names.keys(), "names disagree"
+        assert self._owners.keys() == self._names.keys(), "blocks are somebody's and have no name"
+
+    def _unname(self, block: int) -> None:
+        del self._by_name[self._names.pop(block)]
+        del self._owners[block]
 
 
 def chain(before: bytes, tokens: Sequence[int]) -> bytes:

@@ -119,7 +119,7 @@ class Engine:
         self.check_length(len(request.prompt), request.sampling.max_tokens)
         with self._counting:
             if self._live >= self._max_live and not self._inbox.ended:
-                raise TooManyRequests(f"{self._live} requests are waiting or running. Try again in a second.")
+                raise TooManyRequests("Too many requests are waiting or running. Try again in a second.")
             self._live += 1
         self._inbox.post(lambda: self._scheduler.add(Sequence.of(request)))
 
@@ -193,6 +193,10 @@ class Engine:
 
     def stats(self) -> Future[dict[str, Any]]:
         return self._inbox.ask(self._stats)
+
+    def erase(self, owner: str) -> Future[int]:
+        """Forgets what is kept of an owner's prompts and answers; how many KV blocks that were."""
+        return self._inbox.ask(lambda: self.kv.blocks.erase(owner))
 
     def check_integrity(self) -> Future[None]:
         """Fails with AssertionError if a KV block, a pin or an extent has leaked."""

@@ -136,6 +136,14 @@ class Grammars:
         begun.add_done_callback(lambda _: self._ended(owner))
         return begun
 
+    def erase(self, owner: str) -> int:
+        """Forgets an owner's grammars; returns how many that were."""
+        with self._lock:
+            gone = [kept for kept in self._kept if kept[0] == owner]
+            for kept in gone:
+                del self._kept[kept]
+        return len(gone)
+
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 

@@ -193,7 +193,7 @@ class Scheduler:
         full = sequence.computed // KV_BLOCK
         sequence.computed += work.tokens
         for index in range(full, sequence.computed // KV_BLOCK):
-            self.kv.blocks.name(sequence.blocks[index], sequence.name(index))
+            self.kv.blocks.name(sequence.blocks[index], sequence.name(index), sequence.owner)
         if token is not None:
             sequence.tokens.append(token)
             sequence.counts[token] += 1

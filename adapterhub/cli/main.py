@@ -12,6 +12,7 @@ from adapterhub import __version__
 from adapterhub.cli import adapters, jobs, keys, policy, tiers, usage, users
 from adapterhub.cli.client import print_error
 from adapterhub.cli.doctor import doctor
+from adapterhub.cli.erase import app as erase
 from adapterhub.cli.serve import serve
 from adapterhub.cli.top import top
 from adapterhub.errors import HubError
@@ -29,6 +30,7 @@ app.add_typer(jobs.app, name="jobs")
 app.add_typer(tiers.app, name="tiers")
 app.add_typer(policy.app, name="policy")
 app.add_typer(usage.quotas, name="quotas")
+app.add_typer(erase, name="users")
 app.command()(serve)
 app.command()(doctor)
 app.command()(users.train)

@@ -94,6 +94,11 @@ class Database:
         found = self.rows(sql, args)
         return found[0] if found else None
 
+    def scrub(self) -> None:
+        """What was deleted until now is in the files no more, the log of what was written included."""
+        with self._write_lock, self._read_lock:
+            self._writer.conn.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+
     def close(self) -> None:
         with self._write_lock, self._read_lock:
             self._writer.close()
@@ -105,4 +110,5 @@ def _connect(path: Path) -> sqlite_utils.Database:
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # what is deleted is overwritten
     return sqlite_utils.Database(connection)

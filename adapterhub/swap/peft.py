@@ -34,6 +34,7 @@ MAX_RANK = 256
 _PREFIX = "base_model.model."
 _DTYPES = {torch.float32, torch.float16, torch.bfloat16}
 _MAX_CONFIG = 1024**2  # bytes; it is kept in the header of the block
+_MAX_NAME = 1000  # characters of a tensor's name
 _LARGEST = 1e9  # of a rank or an alpha
 # What a user's pattern may be made of. Counted repetitions and recursion would let a few bytes take all of the memory.
 _PATTERN = regex.compile(r"(?:[\w.*+?^$|)\[\]\\-]|\((?!\?)|\(\?:){1,256}")
@@ -172,19 +173,26 @@ def _read_weights(weights: bytes) -> tuple[dict[str, torch.Tensor], dict[str, st
                 "adapter with save_pretrained(..., safe_serialization=True) and send adapter_model.safetensors."
             ) from error
         raise InvalidAdapter(f"The weights are not a safetensors file: {error}") from error
-    header = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")])
-    return tensors, header.get("__metadata__") or {}
+    names = json.loads(weights[8 : 8 + int.from_bytes(weights[:8], "little")], object_pairs_hook=list)
+    header = dict(names)
+    if len(header) < len(names):
+        raise InvalidAdapter("The weights name a tensor twice: which of the two is meant cannot be known.")
+    return tensors, dict(header.get("__metadata__") or [])
 
 
 def _pair_up(tensors: Mapping[str, torch.Tensor], base: Layout) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
     """Module name -> (A, B), every tensor accounted for, checked in shape, dtype and value."""
     sides: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        if len(key) > _MAX_NAME:
+            raise InvalidAdapter(f"The name of a tensor has {len(key)} characters; at most {_MAX_NAME} are read.")
         match = regex.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_([AB])(?:\.default)?\.weight", key)
         if match is None:
             raise UnsupportedAdapter(f"Tensor {key!r} is not a LoRA factor of a linear layer and cannot be served.")
         if tensor.dtype not in _DTYPES:
             raise InvalidAdapter(f"Tensor {key!r} is {tensor.dtype}; it must be float32, float16 or bfloat16.")
+        if tensor.ndim > 2:
+            raise InvalidAdapter(f"Tensor {key!r} has {tensor.ndim} dimensions; a LoRA factor has 2.")
         if not tensor.isfinite().all():
             raise InvalidAdapter(f"Tensor {key!r} has NaN or infinite values. Train the adapter again.")
         side = sides.setdefault(match[1], {})

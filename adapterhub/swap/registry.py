@@ -182,6 +182,14 @@ class Registry(Versions):
         self._remove_given_up([gone])
         return gone
 
+    def erase(self, owner: str) -> list[Version]:
+        """Removes all adapters of an owner, one by one; returns the versions that there were."""
+        gone: list[Version] = []
+        with_versions = "select distinct adapter from versions v join adapters a on a.id = v.adapter where a.owner = ?"
+        for row in self._database.rows(with_versions, (owner,)):
+            gone += self.delete_adapter(owner, row["adapter"])
+        return gone
+
     def prune_checkpoints(self, owner: str, job: str, keep: int) -> list[Version]:
         """Removes a job's checkpoints but for the last `keep`, those that have been promoted, and those that a split
         sends requests to; returns what they were."""

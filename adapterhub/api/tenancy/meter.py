@@ -6,7 +6,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from adapterhub.api.tenancy.usage import NONE, Counts, Line, Usage, day_of
 
@@ -23,6 +23,8 @@ class Meter:
         self._usage = usage
         self._saves = (self.save, self._count_storage, *others)
         self._lock = threading.Lock()
+        self._saving = threading.Lock()  # what is being written down is not erased before
+        self._erased: set[str] = set()  # keys that are no more
         self._counted: dict[Line, Counts] = {}
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._run, name="adapterhub-meter", daemon=True)
@@ -40,6 +42,8 @@ class Meter:
         """Adds to what is counted. `adapter`: a name; None for the base."""
         line = Line(owner, day_of(time.time()), key, adapter or NONE)
         with self._lock:
+            if key in self._erased:
+                return
             self._counted[line] = self._counted.get(line, Counts()).plus(counts)
 
     def released(self, owner: str, adapter: str | None, nbytes: int, created_at: int) -> None:
@@ -50,6 +54,10 @@ class Meter:
 
     def save(self) -> None:
         """Writes down what was noted, so that it can be asked for."""
+        with self._saving:
+            self._save()
+
+    def _save(self) -> None:
         with self._lock:
             counted, self._counted = self._counted, {}
         if counted:
@@ -62,8 +70,15 @@ class Meter:
                 raise
         self._usage.count_training(day_of(time.time()))
 
-    def erase(self, owner: str) -> int:
-        """Removes all that was counted of an owner; returns how many rows that were."""
+    def erase(self, owner: str, keys: Collection[str]) -> int:
+        """Removes all that was counted of an owner, and counts nothing more for their `keys`, which are no more;
+        returns how many rows that were."""
+        with self._lock:
+            self._erased |= set(keys)
+        with self._saving:
+            return self._erase(owner)
+
+    def _erase(self, owner: str) -> int:
         with self._lock:
             self._counted = {line: counts for line, counts in self._counted.items() if line.owner != owner}
         return self._usage.erase(owner)

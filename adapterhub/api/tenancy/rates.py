@@ -57,6 +57,7 @@ class Rates:
         self._quotas = quotas
         self._clock = clock
         self._lock = threading.Lock()
+        self._saving = threading.Lock()  # what is being written down is not erased before
         self._changed: set[str] = set()
         self._accounts: dict[str, _Account] = {}
         for row in database.rows("select * from owed"):
@@ -103,7 +104,9 @@ class Rates:
         if not limits.rates:
             return
         with self._lock:
-            self._take(self._account(admission.owner), limits, 0, tokens - admission.tokens, self._clock())
+            if (account := self._accounts.get(admission.owner)) is None:  # erased meanwhile
+                return
+            self._take(account, limits, 0, tokens - admission.tokens, self._clock())
             self._changed.add(admission.owner)
 
     def headers(self, owner: str) -> dict[str, str]:
@@ -116,6 +119,10 @@ class Rates:
 
     def save(self) -> None:
         """Writes down what is owed where that has changed since the last time."""
+        with self._saving:
+            self._save()
+
+    def _save(self) -> None:
         with self._lock:
             changed, self._changed = self._changed, set()
             rows = [self._row(owner) for owner in changed]
@@ -132,7 +139,7 @@ class Rates:
         with self._lock:
             self._accounts.pop(owner, None)
             self._changed.discard(owner)
-        with self._database.transaction() as db:
+        with self._saving, self._database.transaction() as db:
             db.execute("delete from owed where owner = ?", [owner])
 
     def _account(self, owner: str) -> _Account:

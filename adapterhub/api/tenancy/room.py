@@ -74,7 +74,7 @@ class Room:
             jobs, limit = self._count(_JOBS, owner), self._quotas.of(owner).jobs
             if limit is not None and jobs >= limit:
                 raise QuotaExceeded(
-                    f"You have {jobs} fine-tuning jobs under way, of at most {limit}. Wait until one has ended, or "
+                    f"You have {jobs} of at most {limit} fine-tuning jobs under way. Wait until one has ended, or "
                     "cancel one."
                 )
             self._check_adapter(owner, adapter)
@@ -86,7 +86,7 @@ class Room:
         names = self._names_of(owner)
         if adapter not in names and len(names) >= limit:
             raise QuotaExceeded(
-                f"You have {len(names)} adapters, with those that are being made, of at most {limit}. Delete one, or "
+                f"You have {len(names)} of at most {limit} adapters, with those that are being made. Delete one, or "
                 "make a new version of one."
             )
 

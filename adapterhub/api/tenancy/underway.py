@@ -1,11 +1,12 @@
-"""Answers that are under way, by the key that asked: when it is revoked, they end."""
+"""What is under way: answers, by the key that asked, which end when it is revoked; and changes, by their owner."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 from adapterhub.api.tenancy.keys import KeyStore
@@ -16,16 +17,38 @@ _SECONDS = 0.5  # a revoked key's answers run on for so long at most
 End = Callable[[HubError], None]
 
 
+class Changing:
+    """Whose requests that change something are under way. For the event loop alone."""
+
+    def __init__(self) -> None:
+        self._owners: Counter[str] = Counter()
+
+    def __contains__(self, owner: str) -> bool:
+        return owner in self._owners
+
+    @contextmanager
+    def on_behalf(self, owner: str) -> Iterator[None]:
+        self._owners[owner] += 1
+        try:
+            yield
+        finally:
+            self._owners -= Counter({owner: 1})  # which forgets those who have none left
+
+
 class Underway:
     """For the event loop alone."""
 
     def __init__(self, keys: KeyStore) -> None:
         self._keys = keys
         self._ends: dict[str, set[End]] = {}
+        self._erased: dict[str, HubError] = {}
 
     @contextmanager
     def on_behalf(self, key: str, end: End) -> Iterator[None]:
-        """While this lasts, `end` is called with the reason once the key, by its id, has been revoked."""
+        """While this lasts, `end` is called with the reason once the key, by its id, has been revoked.
+        Raises what it was erased with."""
+        if key in self._erased:
+            raise self._erased[key]
         ends = self._ends.setdefault(key, set())
         ends.add(end)
         try:
@@ -34,6 +57,15 @@ class Underway:
             ends.discard(end)
             if not ends and self._ends.get(key) is ends:
                 del self._ends[key]
+
+    def erase(self, keys: Collection[str], reason: HubError) -> int:
+        """Ends what is under way for keys that are no more, and whatever is still to begin for them; returns how many
+        answers ended."""
+        self._erased |= dict.fromkeys(keys, reason)
+        ends = [end for key in keys for end in self._ends.pop(key, ())]
+        for end in ends:
+            end(reason)
+        return len(ends)
 
     async def watch(self) -> None:
         """Looks, for as long as the server runs. Another process may revoke keys, so nobody else could tell."""
