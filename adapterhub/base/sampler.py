@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 
 import torch
+from torch import nn
 from torch.nn.functional import embedding
 
 from adapterhub.base.grammar import masks
@@ -12,7 +13,9 @@ from adapterhub.base.request import Logprob, Token
 from adapterhub.base.scheduler import Sequence
 
 _COLDEST = 1e-30  # a temperature below is taken for this one, which is greedy as well
-_LIKELY = 512  # tokens that nearly always hold the mass of top_p; else the whole vocabulary is sorted
+_LIKELY = 512  # tokens that nearly always hold the mass of top_p; else so many times more are sorted, and again
+_MORE = 8
+_RUN = 256  # weights that are added up together
 
 
 def sample(logits: torch.Tensor, sequences: Seq[Sequence], end_tokens: frozenset[int]) -> list[Token | None]:
@@ -112,7 +115,7 @@ def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
 def _draw_from_nucleus(weights: torch.Tensor, top_p: torch.Tensor, uniform: torch.Tensor, likely: int) -> torch.Tensor:
     """Draws from the most likely tokens, up to where the mass before a token reaches `top_p`; the first always stays.
 
-    Only the `likely` best are sorted, and all for the rows where these are not enough.
+    Only the `likely` best are sorted, and more for the rows where these are not enough.
     """
     mass = top_p * weights.double().sum(-1)
     best, order = weights.topk(likely, dim=-1)
@@ -122,15 +125,31 @@ def _draw_from_nucleus(weights: torch.Tensor, top_p: torch.Tensor, uniform: torc
     picked = order.gather(1, _invert(best.masked_fill(cut, 0.0), uniform).unsqueeze(1)).squeeze(1)
     short = best.double().sum(-1) < mass
     if likely < weights.shape[-1] and short.any():
-        picked[short] = _draw_from_nucleus(weights[short], top_p[short], uniform[short], weights.shape[-1])
+        more = min(_MORE * likely, weights.shape[-1])
+        picked[short] = _draw_from_nucleus(weights[short], top_p[short], uniform[short], more)
     return picked
 
 
 def _invert(weights: torch.Tensor, uniform: torch.Tensor) -> torch.Tensor:
     """weights [n, m], uniform [n] in [0, 1) -> [n] where the cumulative distribution of each row passes its number."""
-    cumulative = weights.double().cumsum(-1)  # float32 would round the tail of a large vocabulary away
-    picked = torch.searchsorted(cumulative, (uniform * cumulative[:, -1]).unsqueeze(1), right=True)
-    return picked.squeeze(1).clamp_max(weights.shape[-1] - 1)
+    # in two levels, the sums of runs and then one run: float32 would round the tail of a large vocabulary away, and to
+    # add up whole rows in float64 takes as long as several layers of the model
+    parts = nn.functional.pad(weights, (0, -weights.shape[-1] % _RUN)).unflatten(-1, (-1, _RUN))
+    run, rest = _pass(parts.sum(-1, dtype=torch.float64), uniform)
+    inner, _ = _pass(parts[torch.arange(len(parts), device=run.device), run].double(), rest)
+    return run * _RUN + inner
+
+
+def _pass(weights: torch.Tensor, uniform: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """weights [n, m] -> [n] the first place where the cumulative distribution of each row passes its number, always one
+    with a weight; and how far it is through that place's weight, in [0, 1)."""
+    cumulative = weights.cumsum(-1)
+    wanted = (uniform * cumulative[:, -1]).unsqueeze(1)
+    last = (cumulative < cumulative[:, -1:]).sum(-1, keepdim=True)  # the last place with a weight
+    place = torch.minimum(torch.searchsorted(cumulative, wanted, right=True), last)
+    weight = weights.gather(1, place)
+    through = (wanted - cumulative.gather(1, place) + weight) / weight
+    return place.squeeze(1), through.squeeze(1).clamp(0, 1 - 1e-12)
 
 
 def _with_logprobs(token: Token | None, logprobs: torch.Tensor, count: int) -> Token | None:
