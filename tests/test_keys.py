@@ -36,6 +36,7 @@ from tests.serving import (
 
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 OPEN = {("GET", path) for path in ("/healthz", "/readyz", "/openapi.json", "/docs", "/docs/oauth2-redirect", "/redoc")}
+OPERATORS = ("/admin", "/metrics")
 
 
 @pytest.fixture
@@ -362,8 +363,8 @@ def test_every_route_but_those_that_tell_nothing_demands_a_key_and_its_scope(
             continue
         [need] = needs(dependant)
         wanted = frozenset(need.scopes)
-        assert (wanted == {Scope.ADMIN}) == path.startswith("/admin"), path
-        if not path.startswith("/admin"):
+        assert (wanted == {Scope.ADMIN}) == path.startswith(OPERATORS), path
+        if not path.startswith(OPERATORS):
             assert (Scope.TRAIN in wanted) == (method != "GET" and Scope.INFER not in wanted), (method, path)
         for scopes, refused in ((None, 401), (frozenset(Scope) - wanted, 403)):
             headers = {}
