@@ -783,16 +783,21 @@ def test_an_adapter_can_be_deleted_and_its_name_used_again(user: User, adapter: 
     assert user.ask(f"{user.owner}/mine")
 
 
-def test_the_same_adapter_of_two_owners_is_one_file_until_both_delete_it(
+def test_the_same_adapter_is_one_file_of_an_owner_and_another_of_somebody_else(
     server: Server, user: User, base_model: PreTrainedModel, tmp_path: Path
 ) -> None:
     files = PeftFiles(base_model, tmp_path / "one", seed=41)
     stored = server.stored()
     other = server.user()
-    mine, theirs = user.import_adapter(files, "mine"), other.import_adapter(files, "theirs")
+    mine, same = (user.import_adapter(files, name) for name in ("mine", "same"))
     assert len(server.stored() - stored) == 1
+    theirs = other.import_adapter(files, "theirs")
+    assert len(server.stored() - stored) == 2
     said = user.ask(f"{user.owner}/mine")
     user.http.delete(f"/v1/adapters/{mine['id']}")
+    assert user.ask(f"{user.owner}/same") == said
+    user.http.delete(f"/v1/adapters/{same['id']}")
+    assert len(server.stored() - stored) == 1
     assert other.ask(f"{other.owner}/theirs") == said
     other.http.delete(f"/v1/adapters/{theirs['id']}")
     assert server.stored() == stored
