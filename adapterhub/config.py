@@ -91,6 +91,7 @@ class Config:
     request_seconds: float = 600.0  # from a request's arrival to its last token
     body_seconds: float = 30.0  # that a body may take, besides a second for each 4 KiB of it
     drain_seconds: float = 20.0  # for answers that are under way when the server is told to stop
+    metrics_port: int | None = None  # of the loopback address, where metrics are read without a key
     no_auth: bool = False  # whoever comes is the operator: for servers that this machine alone can reach
 
     def __post_init__(self) -> None:

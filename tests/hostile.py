@@ -198,6 +198,7 @@ def keys() -> Iterator[Case]:
         ("DELETE", "/admin/keys/key-1"),
         ("GET", "/admin/quotas"),
         ("DELETE", "/admin/quotas/a"),
+        ("GET", "/metrics"),
     ):
         body = b"{}" if method in ("PATCH", "PUT") else b""
         yield Case(f"a user at {method} {path}", 403, "insufficient_permissions", method, path, body)

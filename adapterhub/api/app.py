@@ -21,6 +21,7 @@ from adapterhub.api import (
     health,
     jobs,
     keys,
+    metrics,
     models,
     quotas,
     uploads,
@@ -54,7 +55,15 @@ def create_app(config: Config, base: Base) -> FastAPI:
             yield
 
     # no pages of documentation: they would run scripts of another site's, next to the keys that people enter there
-    app = FastAPI(title="AdapterHub", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    # and none of FastAPI's telemetry, which tells paths and bodies
+    app = FastAPI(
+        title="AdapterHub",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+    )
     app.state.gate = gate = Gate()
     for module in (files, uploads, jobs, models, chat, completions, adapters, admin, keys, quotas, usage, users):
         app.include_router(module.router)
@@ -63,6 +72,7 @@ def create_app(config: Config, base: Base) -> FastAPI:
             app.include_router(router, prefix=prefix, tags=["versions"], dependencies=[Depends(whose)])
 
     app.include_router(health.router)
+    app.include_router(metrics.router)
     app.add_exception_handler(HubError, _on_hub_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

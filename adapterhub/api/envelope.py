@@ -18,6 +18,7 @@ from adapterhub.api.auth import principal
 from adapterhub.api.gate import Gate, Stopping
 from adapterhub.api.logs import ACCESS, of_request
 from adapterhub.api.strictjson import check_json
+from adapterhub.api.tracing import name_request
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import BadRequest, HubError, ServerFault, TooLarge
 
@@ -74,6 +75,7 @@ class Envelope:
             return
         request_id = scope[REQUEST_ID] = f"req-{secrets.token_hex(12)}"
         started, status = time.perf_counter(), 0
+        hub = scope["app"].state.hub
 
         async def labelled(message: Message) -> None:
             nonlocal status
@@ -84,7 +86,7 @@ class Envelope:
                 message["headers"] = [*message["headers"], *ours, (b"x-request-id", request_id.encode())]
             await send(message)
 
-        with of_request(request_id):
+        with of_request(request_id), hub.tracing.request(scope["method"], Headers(scope=scope)) as span:
             try:
                 await self._admit(scope, receive, labelled)
             except Exception:
@@ -94,7 +96,10 @@ class Envelope:
                 fault = ServerFault("The server met an unexpected error. Its log says more.")
                 await error_response(fault)(scope, receive, labelled)
             finally:
-                _log(scope, status, time.perf_counter() - started)
+                seconds, route = time.perf_counter() - started, _route(scope)
+                name_request(span, scope["method"], route, status, request_id)
+                hub.metrics.answered(scope["method"], route, status, seconds)
+                _log(scope["method"], route, status, seconds)
 
     async def _admit(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["path"] in UNGUARDED:
@@ -157,11 +162,6 @@ def _route(scope: Scope) -> str | None:
     return getattr(scope.get("route"), "path", None)
 
 
-def _log(scope: Scope, status: int, seconds: float) -> None:
-    data = {
-        "method": scope["method"],
-        "route": _route(scope),
-        "status": status,
-        "ms": round(seconds * 1e3, 2),
-    }
-    ACCESS.info("%s %s %d", data["method"], data["route"], status, extra={"data": data})
+def _log(method: str, route: str | None, status: int, seconds: float) -> None:
+    data = {"method": method, "route": route, "status": status, "ms": round(seconds * 1e3, 2)}
+    ACCESS.info("%s %s %d", method, route, status, extra={"data": data})

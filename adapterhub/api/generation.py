@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from contextlib import aclosing
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -16,6 +17,7 @@ from adapterhub.api.auth import Principal
 from adapterhub.api.body import Body
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model, choose_model
+from adapterhub.api.passage import Passage
 from adapterhub.api.tenancy.rates import USUAL_ANSWER, Admission
 from adapterhub.api.tenancy.usage import Counts
 from adapterhub.base.grammar import Grammar
@@ -288,23 +290,24 @@ class Generation:
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
         held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
         request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner, self._grammar)
-        outputs = self._hub.run(request, self._caller.key)
-        try:
-            async for output in outputs:
-                self.origin = self.origin or output.origin
-                self.completion_tokens += 1
-                says = output.token if output.finish != "stop" else None
-                if says and sampling.logprobs is not None:
-                    held.append(Said(says, stopped.length))
-                shown = stopped.push(text.push(says.id) if says else "", last=output.last)
-                told = tuple(said for said in held if stopped.shows(said.offset))
-                held = held[len(told) :]
-                finish = "stop" if stopped.hit else output.finish
-                yield Piece(index, shown, finish, told)
-                if finish:
-                    return
-        finally:
-            await outputs.aclose()
+        with Passage(self._hub.metrics, self._hub.tracing.tracer, len(prompt)) as passage:
+            async with aclosing(self._hub.run(request, self._caller.key)) as outputs:
+                async for output in outputs:
+                    passage.token(output.origin)
+                    self.origin = self.origin or output.origin
+                    self.completion_tokens += 1
+                    says = output.token if output.finish != "stop" else None
+                    if says and sampling.logprobs is not None:
+                        held.append(Said(says, stopped.length))
+                    shown = stopped.push(text.push(says.id) if says else "", last=output.last)
+                    told = tuple(said for said in held if stopped.shows(said.offset))
+                    held = held[len(told) :]
+                    finish = "stop" if stopped.hit else output.finish
+                    if finish:
+                        passage.finished(finish)
+                    yield Piece(index, shown, finish, told)
+                    if finish:
+                        return
 
 
 async def while_connected(request: Request, work: Awaitable[Result]) -> Result | None:

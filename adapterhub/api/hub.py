@@ -14,6 +14,7 @@ from typing import Annotated, TypeVar
 from fastapi import Depends, Request
 
 from adapterhub.api.erase import Eraser
+from adapterhub.api.metrics import Metrics
 from adapterhub.api.steering import Steering, with_saved
 from adapterhub.api.tenancy.erasures import Erasures
 from adapterhub.api.tenancy.keys import KeyStore
@@ -23,6 +24,7 @@ from adapterhub.api.tenancy.rates import Rates
 from adapterhub.api.tenancy.room import Room
 from adapterhub.api.tenancy.underway import Changing, Underway
 from adapterhub.api.tenancy.usage import Usage
+from adapterhub.api.tracing import Tracing
 from adapterhub.base.engine import Engine
 from adapterhub.base.grammar import Grammars
 from adapterhub.base.model import Base
@@ -48,7 +50,7 @@ from adapterhub.swap.uses import Uses
 from adapterhub.train.conductor import Conductor
 from adapterhub.train.cotrainer import CoTrainer
 from adapterhub.train.files import FileStore
-from adapterhub.train.jobs import JobStore
+from adapterhub.train.jobs import JobStore, Status
 from adapterhub.train.publish import Publisher
 from adapterhub.train.starter import Starter
 from adapterhub.train.uploads import UploadStore
@@ -102,6 +104,8 @@ class Hub:
         self.trace = Recorder(config.trace_dir)
         self.uses = Uses()
         self.engine = Engine(base, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
+        self.metrics = Metrics(base.name, str(base.device), self.engine.stats, self._count_jobs)
+        self.tracing = Tracing.from_environment()
         self.steering = Steering(self.engine, self.disk, settings)
         self.trainer = CoTrainer(base, self.engine.wake)
         self.engine.set_idle_work(self.trainer)
@@ -115,6 +119,8 @@ class Hub:
         if removed:
             log.info("removed %d files that an interrupted write had left", removed)
         self.operators_key = self._admin_key()
+        if self.config.metrics_port is not None:
+            self.metrics.listen(self.config.metrics_port)
         self.trace.start()
         self.meter.start()
         if self.mirror is not None:
@@ -128,6 +134,8 @@ class Hub:
         letting_go.start()
         self.worker.stop()
         self.engine.stop()
+        self.metrics.close()
+        self.tracing.close()
         self.trace.close()
         self.meter.stop()
         self.grammars.close()
@@ -216,6 +224,7 @@ class Hub:
         """On the engine's thread."""
         self.trace.record(use)
         self.uses.note(use)
+        self.metrics.used(use)
 
     def _deliver(self, outputs: list[Output]) -> None:
         """On the engine's thread: hands a step's outputs to the event loop in one call."""
@@ -227,6 +236,11 @@ class Hub:
         for output in outputs:
             if (stream := self._streams.get(output.request)) is not None:
                 stream.put_nowait(output)
+
+    def _count_jobs(self) -> dict[str, int]:
+        """By state."""
+        rows = self.database.rows("select status, count(*) as n from jobs group by status")
+        return {status.value: 0 for status in Status} | {row["status"]: row["n"] for row in rows}
 
     def _admin_key(self) -> str:
         """The operator's, in a file that only they can read; made on a first start."""

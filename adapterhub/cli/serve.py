@@ -56,6 +56,9 @@ def serve(
     log_format: Annotated[
         LogFormat, typer.Option(help="text, or json: one object a line, also one for each request.")
     ] = LogFormat.TEXT,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=1, max=65535, help="Answer /metrics without a key on this port of 127.0.0.1.")
+    ] = None,
     no_auth: Annotated[
         bool, typer.Option("--no-auth", help="Ask for no keys. Only on a loopback address: who comes is the operator.")
     ] = False,
@@ -78,6 +81,7 @@ def serve(
         "disk_bytes": _size(disk_bytes),
         "kv_bytes": _size(kv_bytes),
         "drain_seconds": drain_seconds,
+        "metrics_port": metrics_port,
         "no_auth": no_auth,
     }
     config = Config(**options)
