@@ -10,11 +10,14 @@ import json
 import re
 import shutil
 import threading
+import time
 import zipfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import pytest
 import torch
@@ -26,7 +29,7 @@ from adapterhub.base.model import Base, load_base
 from adapterhub.config import MIB
 from adapterhub.errors import NotFound
 from adapterhub.swap.frames import read_trace
-from tests.serving import BASE, PeftFiles, Server, User, chat_lines, run_cli, running, small_config
+from tests.serving import BASE, PeftFiles, Server, User, chat_lines, process, run_cli, running, small_config
 
 SECRET = "my dog is called Bellerophon"
 KINDS = ("keys", "files", "uploads", "jobs", "events", "adapters", "versions", "usage", "quotas", "kv_blocks", "uses")
@@ -151,6 +154,8 @@ def test_answers_jobs_and_imports_under_way_end_and_leave_nothing(
     with pytest.raises(openai.APIError, match="erased while the request ran"):
         list(theirs)
     assert receipts == [], "something of theirs is still being written"
+    refused = server.admin.http.post("/admin/keys", json={"owner": mira.owner})
+    assert (refused.status_code, "being erased" in refused.text) == (400, True)
     go_on.set()
     erasing.join()
     importing.join()
@@ -312,6 +317,35 @@ def test_killed_after_any_change_the_next_start_takes_it_to_its_end(
         stored = {str(path.relative_to(image)) for folder in folders for path in folder.iterdir()}
         assert stored == kept - theirs
         shutil.rmtree(image)
+
+
+@pytest.mark.parametrize("delay", [0.0, 0.01, 0.03])
+def test_killed_at_any_moment_an_owner_has_all_or_is_gone_after_the_next_start(
+    base_directory: Path, adapter: PeftFiles, tmp_path: Path, delay: float
+) -> None:
+    sizes = ("--device-bytes", "8MiB", "--kv-bytes", "8MiB")
+    with process(base_directory, tmp_path / "data", *sizes) as killed:
+        user = killed.start().user("mira")
+        user.import_adapter(adapter, "one")
+        files = {user.upload(b"text", purpose="user_data") for _ in range(20)}
+        admin = killed.user("admin", (killed.data_dir / "admin.key").read_text().strip())
+
+        def erase() -> None:
+            with suppress(httpx.TransportError):
+                admin.http.delete("/admin/users/mira")
+
+        erasing = threading.Thread(target=erase)
+        erasing.start()
+        time.sleep(delay)  # the moment is what differs
+        killed.kill()
+        erasing.join()
+        user = killed.start().user("mira", user.key)
+        try:
+            assert {file.id for file in user.openai.files.list()} == files
+            assert user.ask("mira/one")
+        except openai.AuthenticationError:
+            assert traces_of("mira", tmp_path / "data") == []
+            assert list((tmp_path / "data" / "uploads").iterdir()) == []
 
 
 # -- what is handed out

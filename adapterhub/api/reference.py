@@ -248,20 +248,17 @@ def _limits(schema: Mapping[str, Any]) -> str:
         ("minItems", "maxItems", " items"),
         ("minProperties", "maxProperties", " fields"),
     ):
-        bounds = [schema[name] if abs(schema.get(name, _ANY)) < _ANY else None for name in (least, most)]
-        match bounds:
-            case [None, None]:
-                continue
-            case [low, None]:
-                return f", at least {_plain(low)}{what}"
-            case [None, high]:
-                return f", at most {_plain(high)}{what}"
-            case [low, high]:
-                return f", {_plain(low)} to {_plain(high)}{what}"
+        low, high = (_plain(schema.get(name)) for name in (least, most))
+        if low and high:
+            return f", {low} to {high}{what}"
+        if low or high:
+            return f", at {'least' if low else 'most'} {low or high}{what}"
     return ""
 
 
-def _plain(bound: float) -> str:
+def _plain(bound: float | None) -> str | None:
+    if bound is None or abs(bound) > _ANY:
+        return None
     return str(int(bound)) if bound == int(bound) else str(bound)
 
 

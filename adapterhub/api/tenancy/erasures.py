@@ -48,6 +48,16 @@ def create_erasures(db: sqlite_utils.Database) -> None:
     """)
 
 
+@migrations()
+def refuse_keys(db: sqlite_utils.Database) -> None:
+    """Nobody comes back before they are gone, with a key from another process either."""
+    db.execute("""
+        create trigger keys_of_erased before insert on keys
+        when exists (select 1 from erasures where owner = new.owner)
+        begin select raise(abort, 'This user is being erased. Try again when that is done.'); end
+    """)
+
+
 @dataclass(frozen=True)
 class Erasure:
     """`removed`: how many of each kind; `left`: blocks that object stores still hold, by the store's URL. `owner` is

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import secrets
+import sqlite3
 import threading
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -144,7 +145,10 @@ class KeyStore:
         }
         with self._database.transaction() as db:
             db.table("owners").insert({"name": owner, "created_at": now()}, ignore=True)
-            db.table("keys").insert(row)
+            try:
+                db.table("keys").insert(row)
+            except sqlite3.IntegrityError as error:  # what `erasures` has against it
+                raise BadRequest(str(error), param="owner") from error
             return NewKey(secret, self.get(identity))
 
     def find(self, secret: str) -> ApiKey | None:
