@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import socket
 from collections import Counter
@@ -13,6 +14,7 @@ import pytest
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
 from adapterhub.api.tracing import Tracing
@@ -175,3 +177,18 @@ def test_spans_are_off_unless_an_exporter_is_configured(monkeypatch: pytest.Monk
     pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
     tracing = Tracing.from_environment()
     assert tracing.tracer.start_span("a").is_recording()
+
+
+def test_the_dashboard_asks_for_what_there_is(told: Server) -> None:
+    told.user().ask(BASE)
+    known = {name for f in text_string_to_metric_families(told.admin.http.get("/metrics").text) for name in names_of(f)}
+    device = {f"adapterhub:device_{name}" for name in ("memory_used_bytes", "memory_total_bytes", "utilization_ratio")}
+    dashboard = json.loads(Path(__file__).parents[1].joinpath("docs", "grafana.json").read_text())
+    asked = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    found = {name for text in asked for name in re.findall(r"((?:vllm:|adapterhub:|http_)\w+)\{", text)}
+    assert found <= known | device, found - known - device
+    assert found >= device
+
+
+def names_of(family: Metric) -> set[str]:
+    return {sample.name for sample in family.samples} | {family.name, f"{family.name}_total", f"{family.name}_bucket"}
