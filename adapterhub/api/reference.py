@@ -257,7 +257,7 @@ def _limits(schema: Mapping[str, Any]) -> str:
 
 
 def _plain(bound: float | None) -> str | None:
-    if bound is None or abs(bound) > _ANY:
+    if bound is None or abs(bound) >= _ANY:
         return None
     return str(int(bound)) if bound == int(bound) else str(bound)
 
