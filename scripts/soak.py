@@ -24,6 +24,7 @@ from queue import SimpleQueue
 from typing import Any
 
 from random_blocks import random_block
+from soak_openapi import soak_openapi
 from soak_store import soak_store
 
 from adapterhub.base.engine import Engine
@@ -273,6 +274,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store.add_argument("--kills", type=int, default=100, help="of each of two servers")
     store.add_argument("--seed", type=int, default=0)
     store.set_defaults(run=soak_store)
+    openapi = runs.add_parser("openapi", help="requests made up from the OpenAPI document")
+    openapi.add_argument("--examples", type=int, default=200, help="of each operation, good and bad ones")
+    openapi.add_argument("--seed", type=int, default=1, help="0: the same ones each time")
+    openapi.set_defaults(run=soak_openapi)
     options = parser.parse_args(arguments)
     faults = options.run(options)
     for fault in faults[:20]:

@@ -32,6 +32,7 @@ from adapterhub.api import (
 from adapterhub.api.envelope import Envelope, error_response
 from adapterhub.api.gate import Gate
 from adapterhub.api.hub import opened
+from adapterhub.api.openapi import document
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config
 from adapterhub.errors import (
@@ -73,6 +74,7 @@ def create_app(config: Config, base: Base) -> FastAPI:
 
     app.include_router(health.router)
     app.include_router(metrics.router)
+    app.openapi = lambda: document(app)  # type: ignore[method-assign]
     app.add_exception_handler(HubError, _on_hub_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(HTTPException, _on_http)

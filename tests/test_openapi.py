@@ -1,0 +1,71 @@
+"""Requests made up from the OpenAPI document: a short run of `scripts/soak openapi`, which notices what is wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from adapterhub.api.app import create_app
+from adapterhub.config import Config
+from tests.serving import Server
+
+SCRIPTS = Path(__file__).parents[1] / "scripts"
+EXAMPLES = 4  # of each operation
+
+
+@pytest.fixture
+def doors(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Makes them of the document, as a function changes it."""
+    monkeypatch.syspath_prepend(SCRIPTS)
+    from soak_openapi import Doors
+
+    def made(change: Any = lambda document: None) -> Doors:
+        document = create_app(Config(data_dir=tmp_path), server.hub.base).openapi()
+        change(document)
+        return Doors(server, document, EXAMPLES, 0)
+
+    return made
+
+
+def test_no_made_up_request_meets_a_servers_error_or_an_answer_that_is_not_documented(doors: Any) -> None:
+    made = doors()
+    made.run()
+    assert made.faults == []
+    assert made.counts[200] > 30
+
+
+def only_models(document: dict[str, Any]) -> dict[str, Any]:
+    document["paths"] = {"/v1/models": document["paths"]["/v1/models"]}
+    return document["paths"]["/v1/models"]["get"]["responses"]
+
+
+def test_an_answer_out_of_its_schema_does_not_go_unnoticed(doors: Any) -> None:
+    def change(document: dict[str, Any]) -> None:
+        only_models(document)["200"]["content"]["application/json"]["schema"] = {"type": "array"}
+
+    made = doors(change)
+    made.run()
+    assert len(made.faults) == 1
+    assert "GET /v1/models" in made.faults[0]
+
+
+def test_a_status_that_is_not_documented_does_not_go_unnoticed(doors: Any) -> None:
+    def change(document: dict[str, Any]) -> None:
+        answers = only_models(document)
+        answers["201"] = answers.pop("200")
+        del answers["default"]
+
+    made = doors(change)
+    made.run()
+    assert len(made.faults) == 1
+
+
+def test_every_operation_documents_its_errors_and_needs_a_key(server: Server, tmp_path: Path) -> None:
+    document = create_app(Config(data_dir=tmp_path), server.hub.base).openapi()
+    assert document["security"] == [{"key": []}]
+    for methods in document["paths"].values():
+        for operation in methods.values():
+            assert "422" not in operation["responses"]
+            assert operation["responses"]["default"]["content"]["application/json"]["schema"]["$ref"].endswith("/Error")
