@@ -1,5 +1,5 @@
-"""Long runs of real code, to find what only time and chance bring out. `scripts/soak engine` and `scripts/soak store`
-(see soak_store.py) end with status 1 if they found anything.
+"""Long runs of real code, to find what only time and chance bring out. `scripts/soak engine`, `store`, `openapi` and
+`streams` (see soak_store.py and so on) end with status 1 if they found anything.
 
 engine: short requests over many adapters, of which the pool holds a tenth and RAM a fifth; a KV cache in which not all
 that run have room; several owners, shared beginnings, seeds, cancelled requests, evicted adapters, training in between.
@@ -26,6 +26,7 @@ from typing import Any
 from random_blocks import random_block
 from soak_openapi import soak_openapi
 from soak_store import soak_store
+from soak_streams import soak_streams
 
 from adapterhub.base.engine import Engine
 from adapterhub.base.model import Base
@@ -278,6 +279,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     openapi.add_argument("--examples", type=int, default=200, help="of each operation, good and bad ones")
     openapi.add_argument("--seed", type=int, default=1, help="0: the same ones each time")
     openapi.set_defaults(run=soak_openapi)
+    streams = runs.add_parser("streams", help="many streams at once, a third of them cut off")
+    streams.add_argument("--streams", type=int, default=500, help="at once")
+    streams.add_argument("--rounds", type=int, default=10)
+    streams.add_argument("--seed", type=int, default=0)
+    streams.set_defaults(run=soak_streams)
     options = parser.parse_args(arguments)
     faults = options.run(options)
     for fault in faults[:20]:
