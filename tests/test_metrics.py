@@ -11,12 +11,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import Metric
 from prometheus_client.parser import text_string_to_metric_families
 
+from adapterhub.api.devices import Devices
 from adapterhub.api.tracing import Tracing
 from adapterhub.errors import BadRequest
 from tests.serving import BASE, SECONDS, PeftFiles, Server, chat_lines, eventually, running, small_config
@@ -192,3 +194,9 @@ def test_the_dashboard_asks_for_what_there_is(told: Server) -> None:
 
 def names_of(family: Metric) -> set[str]:
     return {sample.name for sample in family.samples} | {family.name, f"{family.name}_total", f"{family.name}_bucket"}
+
+
+def test_a_device_that_nvml_does_not_know_has_no_metrics() -> None:
+    assert list(Devices("cpu").collect()) == []
+    if not torch.cuda.is_available():
+        assert list(Devices("cuda:0").collect()) == []
