@@ -67,7 +67,7 @@ def test_what_left_the_disk_is_fetched_and_nothing_is_lost_by_kills(
 ) -> None:
     user = stored.user
     made = [user.import_adapter(files, name)["id"] for name, files in (("a", adapter), ("b", other_adapter))]
-    user.job(user.train(chat_lines(), suffix="c", n_epochs=1), "succeeded")
+    user.job(user.train(chat_lines(), suffix="c", n_epochs=1, keep_checkpoints=0), "succeeded")
     names = [f"mira/{name}" for name in "abc"]
     said = {name: user.ask(name) for name in names}
     trained = user.http.get("/v1/adapters", params={"name": "c"}).json()["data"][0]["id"]

@@ -27,12 +27,13 @@ def add_lora(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str, number
 
 
 def add_lora_torch(y: torch.Tensor, x: torch.Tensor, batch: Batch, target: str) -> torch.Tensor:
-    """`add_lora` in plain torch, without a backward."""
+    """`add_lora` in plain torch, without a backward. Factors of another dtype are cast to x's."""
     for segment in batch.segments:
         factors = segment.adapter.factors.get(target)
         if factors is not None:
             rows = slice(segment.start, segment.end)
-            y[rows].addmm_(x[rows] @ factors.a.T, factors.b)
+            a, b = factors.a.to(x.dtype), factors.b.to(x.dtype)
+            y[rows].addmm_(x[rows] @ a.T, b)
     return y
 
 
