@@ -387,7 +387,7 @@ def test_the_policy_is_shown_tried_and_set(own_server: Server, other_adapter: Pe
 
     said = ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", user=admin)
     assert alias in said
-    assert "would leave the device: 1 (11.0 KiB), RAM: 1 (11.0 KiB), and the disk: 0 (0 B)." in said
+    assert "would leave the device: 1 (11.0 KiB), RAM: 1 (10.9 KiB), and the disk: 0 (0 B)." in said
     assert "Nothing was changed." in said
     plan = json.loads(ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", "--json", user=admin))
     assert plan["device"][0]["models"] == [alias]
