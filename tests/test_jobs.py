@@ -571,7 +571,8 @@ def test_jobs_of_many_owners_train_at_once_up_to_the_limits(base_directory: Path
             first.job(job, "running")
         for job in mine[2:]:
             first.job(job, "queued")
-        with pytest.raises(openai.RateLimitError, match="You have 4 of at most 4 fine-tuning jobs under way") as refused:
+        told = "You have 4 of at most 4 fine-tuning jobs under way"
+        with pytest.raises(openai.RateLimitError, match=told) as refused:
             first.openai.with_options(max_retries=2).fine_tuning.jobs.create(
                 model=BASE, training_file=first.upload(chat_lines())
             )
