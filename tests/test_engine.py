@@ -767,12 +767,12 @@ def test_idle_work_waits_while_somebody_waits_for_a_first_token(town: Town) -> N
         assert work.seen == {False}
 
 
-def test_pieces_of_idle_work_grow_with_what_they_turn_out_to_cost(town: Town) -> None:
+def test_pieces_of_idle_work_are_as_large_as_can_be_when_nobody_asks(town: Town) -> None:
     with serving(town.base, town.directory, train_micro_tokens=500) as client:
         work = Counting(20)
         client.engine.set_idle_work(work)
         assert work.over.wait(20)
-        assert work.asked == {64, 128, 256, 500}
+        assert work.asked == {500}
 
 
 def test_what_training_gets_is_told(town: Town) -> None:

@@ -167,12 +167,14 @@ def test_after_a_piece_that_was_far_too_long_serving_is_made_up_to() -> None:
 # -- when nobody asks
 
 
-def test_with_nobody_there_the_next_piece_is_a_long_one_at_once() -> None:
+def test_with_nobody_there_a_piece_is_as_large_as_can_be() -> None:
     share = Share(1.3, MOST_TOKENS)
-    for _ in range(20):
-        tokens = share.next_tokens(running=False, first=False)
-        share.trained(0.02 + 1e-3 * tokens, tokens)
-    assert 240 <= tokens <= 290
+    for _ in range(3):
+        assert share.next_tokens(running=False, first=False) == MOST_TOKENS
+        share.trained(0.02 + 1e-3 * MOST_TOKENS, MOST_TOKENS)
+    share.next_tokens(running=True, first=True)
+    share.served(0.01, streams=True)
+    assert share.next_tokens(running=False, first=False) == MOST_TOKENS
 
 
 def test_what_nobody_used_is_not_made_up_for() -> None:
@@ -195,12 +197,13 @@ def test_what_nobody_used_is_not_made_up_for() -> None:
 @given(machines, st.integers(0, 99))
 def test_the_sizes_of_pieces_converge_to_what_the_time_is_enough_for(machine: Machine, seed: int) -> None:
     alone = day(machine, seed=seed)
+    costs = alone.share.costs
     for _ in range(40):
-        alone.train(alone.share.next_tokens(running=False, first=False))
+        alone.train(costs.tokens(LONGEST))
     right = (LONGEST - machine.piece) / machine.token
     expected = max(machine.item, min(right, MOST_TOKENS))
     for _ in range(10):
-        tokens = max(machine.item, alone.share.next_tokens(running=False, first=False))
+        tokens = max(machine.item, costs.tokens(LONGEST))
         alone.train(tokens)
         assert 0.4 * expected <= tokens <= 1.6 * expected
         assert machine.piece_seconds(tokens) <= max(1.6 * LONGEST, machine.piece_seconds(machine.item))

@@ -14,8 +14,7 @@ the time between a stream's tokens, by more than the factor `slo` over what it i
 A piece is interrupted between two layers of the base when a request comes, or when it takes longer than that all the
 same, as one with a single long example does; what is left of it goes on when a piece may.
 
-While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all, in long pieces, since
-somebody may come.
+While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all, in the largest pieces.
 """
 
 from __future__ import annotations
@@ -87,7 +86,7 @@ class Share:
         waits for a first token."""
         self._alone = not (running or first)
         if self._alone:
-            return self.costs.tokens(PAUSE_SECONDS)
+            return self.costs.most  # the larger, the cheaper; who comes interrupts it
         if self._pause:
             return 0 if first else self._rest_of_pause()
         if self._owed >= PAUSE_SECONDS:
@@ -156,7 +155,7 @@ class PieceCosts:
     _SHRINK = 0.05  # how much the seconds of a piece are held to be 0, where all pieces have one size
 
     def __init__(self, most_tokens: int) -> None:
-        self._most = most_tokens
+        self.most = most_tokens
         self._largest = 0
         self._fixed = self._per_token = 0.0
         self._sums = [0.0] * 5  # of w, w t, w s, w t t, w t s: t tokens, s seconds, w weights
@@ -174,9 +173,9 @@ class PieceCosts:
     def tokens(self, seconds: float) -> int:
         """As many as that time is enough for, and at least 1; at most double of what was ever tried."""
         if not self._largest:
-            return min(self._FIRST, self._most)
+            return min(self._FIRST, self.most)
         enough = (seconds - self._fixed) / self._per_token
-        return max(1, int(min(enough, 2 * self._largest, self._most)))
+        return max(1, int(min(enough, 2 * self._largest, self.most)))
 
     def _fit(self) -> None:
         w, wt, ws, wtt, wts = self._sums

@@ -72,8 +72,10 @@ def forward(
     with torch.set_grad_enabled(record):
         logits = base.logits(batch, _joined(rows, device))
         targets = _joined(wanted, device)
-        logprobs = -torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none")
-        right = logits.detach().argmax(-1) == targets
+        logits = logits.float()
+        logprobs = -torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+        said = logits.detach()
+        right = said.gather(1, targets.unsqueeze(1)).squeeze(1) >= said.amax(-1)
         sizes = [sum(c) for c in counts]
         return [Outcome(*o) for o in zip(logprobs.split(sizes), right.split(sizes), counts, strict=True)]
 
