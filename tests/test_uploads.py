@@ -58,14 +58,15 @@ def stores(tmp_path: Path) -> Iterator[Stores]:
     opened.database.close()
 
 
-def parts_on_disk(hub: Hub) -> list[Path]:
-    return list(hub.config.parts_dir.iterdir())
+def parts_on_disk(hub: Hub) -> set[Path]:
+    return set(hub.config.parts_dir.iterdir())
 
 
 # -- through the SDK
 
 
 def test_the_sdk_uploads_a_file_in_parts_which_is_then_as_any_other(server: Server, user: User) -> None:
+    before = parts_on_disk(server.hub)  # of other tests' uploads, which are pending
     upload = user.openai.uploads.upload_file_chunked(
         file=CONTENT,
         filename="train.jsonl",
@@ -81,7 +82,7 @@ def test_the_sdk_uploads_a_file_in_parts_which_is_then_as_any_other(server: Serv
     assert (upload.file.filename, upload.file.bytes, upload.file.purpose) == ("train.jsonl", len(CONTENT), "fine-tune")
     assert user.openai.files.content(upload.file.id).content == CONTENT
     assert [file.id for file in user.openai.files.list()] == [upload.file.id]
-    assert parts_on_disk(server.hub) == []
+    assert parts_on_disk(server.hub) == before
 
 
 def test_a_job_trains_on_a_file_that_came_in_parts_larger_than_other_bodies_may_be(user: User) -> None:
@@ -113,11 +114,12 @@ def test_parts_are_joined_in_the_order_given_at_the_end(user: User) -> None:
 
 
 def test_a_cancelled_upload_leaves_nothing(server: Server, user: User) -> None:
-    api = user.openai.uploads
+    api, before = user.openai.uploads, parts_on_disk(server.hub)
     upload = api.create(bytes=3, filename="a", mime_type="text/plain", purpose="user_data")
     part = api.parts.create(upload.id, data=b"abc")
+    assert parts_on_disk(server.hub) > before
     assert api.cancel(upload.id).status == api.cancel(upload.id).status == "cancelled"
-    assert parts_on_disk(server.hub) == []
+    assert parts_on_disk(server.hub) == before
     with pytest.raises(openai.BadRequestError, match="already cancelled"):
         api.complete(upload.id, part_ids=[part.id])
 
