@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from adapterhub.cli.client import console, table_of
-from adapterhub.errors import BadRequest
 
 _BARS = "▁▂▃▄▅▆▇█"
 _WIDTH = 60  # characters of a sparkline
@@ -51,16 +49,6 @@ def sparkline(values: Sequence[float]) -> str:
     low, high = min(means), max(means)
     scale = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((mean - low) * scale)] for mean in means)
-
-
-def check_png(path: Path) -> None:
-    """Raises BadRequest where `draw` could not write."""
-    if path.suffix.lower() != ".png":
-        raise BadRequest(f"--png writes a PNG: {path} should end in .png.")
-    if not path.absolute().parent.is_dir():
-        raise BadRequest(f"There is no directory {path.absolute().parent} to write {path.name} to.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadRequest("--png needs matplotlib, which is not installed: pip install 'adapterhub[plot]'.")
 
 
 def draw(metrics: Metrics, path: Path, title: str) -> None:

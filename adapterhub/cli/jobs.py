@@ -10,8 +10,9 @@ import typer
 from rich.markup import escape
 
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, console, print_json, show
-from adapterhub.cli.curve import check_png, draw, show_curve
+from adapterhub.cli.curve import draw, show_curve
 from adapterhub.cli.formats import duration
+from adapterhub.cli.pictures import check_png
 from adapterhub.errors import HubError
 
 app = typer.Typer(help="Your fine-tuning jobs.", no_args_is_help=True)
@@ -97,7 +98,7 @@ def curve(
 ) -> None:
     """Show how a job's loss goes from step to step."""
     if png is not None:
-        check_png(png)
+        check_png(png, "--png")
     events = Client(url, key).items(f"{_JOBS}/{job}/events")[::-1]
     metrics = list({e["data"]["step"]: e["data"] for e in events if e["type"] == "metrics"}.values())
     if as_json:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from enum import StrEnum
@@ -15,6 +14,7 @@ from rich.progress import track
 from rich.table import Table
 
 from adapterhub.cli.client import Json, console, print_json, stderr
+from adapterhub.cli.pictures import check_png
 from adapterhub.config import Config, default_data_dir, format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
 from adapterhub.swap.policies import Policy
@@ -71,7 +71,7 @@ def simulate(
     from adapterhub.swap.simulate import Budgets, Setting, sweep
 
     if plot is not None:
-        _check_plot(plot)
+        check_png(plot, "--plot")
     if generate is not None:
         if data_dir is not None:
             raise BadRequest("Give --data-dir or --generate, not both.")
@@ -205,16 +205,6 @@ def _show(trace: Trace, results: Sequence[Result]) -> None:
             end_section=setting.policy is results[-1].setting.policy,
         )
     console.print(table)
-
-
-def _check_plot(path: Path) -> None:
-    """Before minutes of work."""
-    if path.suffix.lower() != ".png":
-        raise BadRequest(f"--plot writes a PNG: {path} should end in .png.")
-    if not path.absolute().parent.is_dir():
-        raise BadRequest(f"There is no directory {path.absolute().parent} to write {path.name} to.")
-    if importlib.util.find_spec("matplotlib") is None:
-        raise BadRequest("--plot needs matplotlib, which is not installed: pip install 'adapterhub[plot]'.")
 
 
 def _draw(results: Sequence[Result], path: Path) -> None:

@@ -6,7 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -77,6 +77,15 @@ def remove_partials(directory: Path) -> int:
     for path in leftovers:
         path.unlink(missing_ok=True)
     return len(leftovers)
+
+
+def remove_unnamed(directory: Path, named: Collection[str]) -> int:
+    """Removes the files of `directory` that are not among `named`, as a kill may have left them, half written ones too;
+    returns how many that were."""
+    unnamed = [path for path in directory.iterdir() if path.name not in named]
+    for path in unnamed:
+        path.unlink()
+    return len(unnamed)
 
 
 def sync_directory(directory: Path) -> None:

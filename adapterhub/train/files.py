@@ -13,7 +13,7 @@ from sqlite_utils import Migrations
 from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.catalog import unknown_cursor
 from adapterhub.swap.database import Database, new_id, now
-from adapterhub.swap.files import remove_partials, stream_durably, sync_directory
+from adapterhub.swap.files import remove_unnamed, stream_durably, sync_directory
 
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")  # of uploads
 RESULTS = "fine-tune-results"
@@ -149,13 +149,8 @@ class FileStore:
 
     def clean_up(self) -> int:
         """Removes bytes that no row names, as a kill may have left them; returns how many files that were."""
-        removed = remove_partials(self._directory)
         named = {row["id"] for row in self._database.rows("select id from files")}
-        for path in self._directory.iterdir():
-            if path.name not in named:
-                path.unlink()
-                removed += 1
-        return removed
+        return remove_unnamed(self._directory, named)
 
     def _remove(self, identity: str) -> None:
         self.path(identity).unlink(missing_ok=True)

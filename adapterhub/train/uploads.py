@@ -17,7 +17,7 @@ from typing import NamedTuple
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import BadRequest, NotFound, QuotaExceeded, TooLarge
 from adapterhub.swap.database import Database, Row, new_id, now
-from adapterhub.swap.files import remove_partials, stream_durably, sync_directory
+from adapterhub.swap.files import remove_unnamed, stream_durably, sync_directory
 from adapterhub.train.files import FileStore, StoredFile, check_purpose, plain_name
 
 MAX_PART = 64 * MIB  # the size that SDKs make them
@@ -207,13 +207,8 @@ class UploadStore:
     def clean_up(self) -> int:
         """At a start: removes parts that no row names, and what has expired; returns how many files the former were."""
         self.expire()
-        removed = remove_partials(self._directory)
         named = {row["id"] for row in self._database.rows("select id from parts")}
-        for path in self._directory.iterdir():
-            if path.name not in named:
-                path.unlink()
-                removed += 1
-        return removed
+        return remove_unnamed(self._directory, named)
 
     def _check_room(self, upload: Upload, nbytes: int) -> None:
         """A part may come twice, when an SDK tries again, but not without end."""
