@@ -33,6 +33,22 @@ def format_bytes(count: int) -> str:
     return f"{value:.1f} TiB"
 
 
+def parse_devices(text: str) -> tuple[str, ...]:
+    """`"0,1"`, `"cuda:0,cuda:1"` or `"cpu,cpu"` as devices, of one kind. Raises BadRequest."""
+    devices = tuple(f"cuda:{name}" if name.isdecimal() else name for name in map(str.strip, text.split(",")))
+    for name in devices:
+        if not re.fullmatch(r"cpu|cuda:\d+", name):
+            raise BadRequest(
+                f"--devices {text!r}: {name!r} is not a device. Give the numbers of CUDA devices, as in 0,1, or cpu "
+                "once for each engine, as in cpu,cpu; for a device that is chosen for you, --device auto."
+            )
+    if "cpu" in devices and devices != ("cpu",) * len(devices):
+        raise BadRequest(f"--devices {text!r} mixes cpu and CUDA devices. Give either those or cpu alone.")
+    if devices[0] != "cpu" and len(set(devices)) < len(devices):
+        raise BadRequest(f"--devices {text!r} names a device twice. Give each once: it has one engine.")
+    return devices
+
+
 def cache_dir() -> Path:
     """Where converted bases are kept: `$XDG_CACHE_HOME/adapterhub`, by default `~/.cache/adapterhub`."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "adapterhub"
@@ -53,7 +69,8 @@ def is_loopback(host: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """What a server is started with. Sizes are bytes; a size of None is chosen when the device is known.
+    """What a server is started with. Sizes are bytes; a size of None is chosen when the device is known. Those of the
+    device, RAM and the KV cache are each device's.
 
     Raises BadRequest for `no_auth` on an address that others can reach.
     """
@@ -64,14 +81,15 @@ class Config:
     host: str = "127.0.0.1"
     port: int = 8000
     device: str = "auto"
+    devices: tuple[str, ...] = ()  # several, each with an engine and a copy of the base; none: `device` alone
     dtype: str = "auto"
     quantize: str | None = None  # int8 or int4: the base's weights; adapters stay in 16 bits
 
-    device_bytes: int | None = None  # the pool; None: 512 MiB on a CPU, a quarter of the free memory on a GPU
-    ram_bytes: int | None = None  # the host tier; None: 0 on a CPU, whose pool is RAM already; 2 GiB with a GPU
+    device_bytes: int | None = None  # the pool; None: 512 MiB on a CPU, a third of what computing leaves on a GPU
+    ram_bytes: int | None = None  # the host tier; None: 0 on a CPU, whose pool is RAM already; up to 2 GiB with a GPU
     disk_bytes: int | None = None  # block files; None: 64 GiB
     store: str | None = None  # an fsspec URL: blocks are kept there, and the disk is a cache
-    kv_bytes: int | None = None  # the KV cache; None: 256 MiB on a CPU, half of the free memory on a GPU
+    kv_bytes: int | None = None  # the KV cache; None: 256 MiB on a CPU, two thirds of what computing leaves on a GPU
     max_file_bytes: int = 512 * MIB  # one upload
 
     max_batch: int = 32  # sequences that run at once
@@ -87,7 +105,7 @@ class Config:
     owner_requests_per_minute: int | None = None
     owner_tokens_per_minute: int | None = None  # prompts and answers
     load_threads: int = 2  # block files read at once
-    max_waiting: int = 1024  # requests beyond those that run; one more is told to come back later
+    max_waiting: int = 1024  # requests beyond those that run; one more comes back later, unless its owner has few
     request_seconds: float = 600.0  # from a request's arrival to its last token
     body_seconds: float = 30.0  # that a body may take, besides a second for each 4 KiB of it
     drain_seconds: float = 20.0  # for answers that are under way when the server is told to stop

@@ -6,6 +6,7 @@
     │   ├── UnsupportedAdapter    an adapter that a block cannot express (DoRA, biases, ...)
     │   ├── WrongBase             made for another base model
     │   ├── ContextLengthExceeded the prompt, or prompt plus max_tokens, does not fit
+    │   ├── KeyReused             an Idempotency-Key that came with another request before
     │   └── InvalidTrainingFile   names the line and the reason
     ├── Unauthorized 401
     ├── Forbidden 403
@@ -17,6 +18,7 @@
     ├── ServerFault 500
     │   └── BlockDamaged          a block file is missing, truncated or does not match its digest
     ├── Unavailable 503
+    │   └── OutOfMemory           the device has no room left for this one request
     ├── DeadlineExceeded 504
     └── StorageFull 507
 
@@ -26,6 +28,7 @@ A message names the value, the limit and what to do about it; it is shown to use
 from __future__ import annotations
 
 from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 
@@ -72,6 +75,16 @@ class WrongBase(BadRequest):
 
 class ContextLengthExceeded(BadRequest):
     code = "context_length_exceeded"
+
+
+class KeyReused(BadRequest):
+    code = "idempotency_key_reused"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(
+            f"The Idempotency-Key {key[:80]!r} came with another request before. Send that one again, or another key.",
+            param="Idempotency-Key",
+        )
 
 
 class InvalidTrainingFile(BadRequest):
@@ -138,10 +151,15 @@ class QuotaExceeded(HubError):
     type = "rate_limit_error"
     code = "exceeded_quota"
 
+    def __init__(self, message: str, *, headers: Mapping[str, str] = MappingProxyType({})) -> None:
+        """`headers` say how much there is of which limit."""
+        super().__init__(message)
+        self._limits = headers
+
     @property
     def headers(self) -> dict[str, str]:
         """An SDK would try again at once, in vain, as it does on any 429."""
-        return {"retry-after": "60", "x-should-retry": "false"}
+        return {"retry-after": "60", "x-should-retry": "false", **self._limits}
 
 
 class ServerFault(HubError):
@@ -155,6 +173,14 @@ class BlockDamaged(ServerFault):
 class Unavailable(HubError):
     status = 503
     code = "unavailable"
+
+
+class OutOfMemory(Unavailable):
+    code = "out_of_memory"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "10"}
 
 
 class DeadlineExceeded(HubError):

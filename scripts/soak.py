@@ -2,9 +2,10 @@
 `streams` (see soak_store.py and so on) end with status 1 if they found anything.
 
 engine: short requests over many adapters, of which the pool holds a tenth and RAM a fifth; a KV cache in which not all
-that run have room; several owners, shared beginnings, seeds, cancelled requests, evicted adapters, training in between.
-Every answer is compared with the one that the same question got alone; pins, extents and KV blocks are counted at
-intervals; and the process must not grow once a tenth of the requests are through.
+that run have room; several owners, shared beginnings, seeds, cancelled requests, evicted adapters, training in between,
+and memory that runs out at the end of steps and of pieces of training. Every answer is compared with the one that the
+same question got alone; pins, extents and KV blocks are counted at intervals; and the process must not grow once a
+tenth of the requests are through.
 """
 
 from __future__ import annotations
@@ -16,30 +17,36 @@ import random
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
+import torch
 from random_blocks import random_block
 from soak_openapi import soak_openapi
 from soak_store import soak_store
 from soak_streams import soak_streams
+from transformers import LlamaConfig
 
 from adapterhub.base.engine import Engine
 from adapterhub.base.model import Base
-from adapterhub.base.native.decoder import supports
+from adapterhub.base.native.model import supports
 from adapterhub.base.request import Output, Request, Sampling
+from adapterhub.base.scheduler import Work
 from adapterhub.config import MIB, Config
 from adapterhub.swap.ref import AdapterRef
 from adapterhub.train.cotrainer import CoTrainer
 from adapterhub.train.news import News, Trained
 from adapterhub.train.plan import make_plan
 from adapterhub.train.run import Run
-from tests.tiny import kv_bytes, prompt_of, serving_twin, stored, tiny_model, to_learn
+from tests.scarce import NO_MEMORY, PLENTY, fail_after
+from tests.tiny import GROUPED, kv_bytes, prompt_of, serving_twin, stored, tiny_model, to_learn
 
+SHAPE = {**GROUPED, "hidden_size": 128, "intermediate_size": 96}  # which is trained natively, too
 OWNERS = 12
 QUESTIONS = 4  # for each adapter
 TOKENS = 24  # of the longest answer
@@ -97,7 +104,7 @@ class Town:
     def __init__(self, directory: Path, adapters: int, seed: int) -> None:
         choose = random.Random(seed)
         self.directory = directory
-        self.base = serving_twin(tiny_model("llama").bfloat16())
+        self.base = serving_twin(tiny_model(LlamaConfig(**SHAPE)).bfloat16())
         if not supports(self.base):
             raise SystemExit("the native kernels are off: only they give the same bits alone and among others")
         self.refs = [self._store(choose, number) for number in range(adapters)]
@@ -156,11 +163,14 @@ class EngineSoak:
         self.counts: Counter[str] = Counter()
         self.resident: list[int] = []  # bytes, at each inspection
         self._choose = random.Random(seed)
+        self._room, self._scarcity = PLENTY, random.Random(seed)  # tokens that fit into a step
         self._alone = town.answers_alone()
         self._expected: dict[str, list[int]] = {}  # of what is under way: the tokens that are still to come
 
     def run(self) -> None:
         with serving(self.town.base, self.town.directory, **self.town.budgets) as served, errors_logged() as errors:
+            fail_after(served.engine._serving.runner, self._is_short)
+            served.trainer._learn = partial(self._learn, served.trainer._learn)  # type: ignore[method-assign]
             for number in range(self.requests):
                 while len(self._expected) >= ASKED_AT_ONCE:
                     self._hear(served)
@@ -176,7 +186,21 @@ class EngineSoak:
         self.faults += errors
         self.counts["evictions"] = stats["tiers"]["device"]["evictions"]
         self.counts["tokens shared"] = stats["engine"]["shared_tokens"]
+        self.counts["steps out of memory"] = stats["engine"]["out_of_memory"]
+        self.counts["pieces out of memory"] = stats["engine"]["training"]["out_of_memory"]
         self._check_growth()
+
+    def _is_short(self, work: Sequence[Work]) -> bool:
+        """On the engine's thread, after a step."""
+        if self._scarcity.random() < 0.01:
+            self._room = self._scarcity.choice([1, 4, 20, PLENTY, PLENTY, PLENTY])
+        return sum(w.tokens for w in work) > self._room
+
+    def _learn(self, learn: Callable[[Sequence[Any]], None], parts: Sequence[Any]) -> None:
+        """On the engine's thread. What is alone in a piece would end its job."""
+        learn(parts)
+        if sum(len(part.items) for part in parts) > 1 and self._scarcity.random() < 0.05:
+            raise torch.OutOfMemoryError(NO_MEMORY)
 
     def _ask(self, served: Served, name: str) -> None:
         number = self._choose.randrange(len(self.town.questions))
@@ -214,11 +238,18 @@ class EngineSoak:
         while served.trainer.running:
             time.sleep(0.01)
         served.engine.check_integrity().result(60)
+        served.engine.set_budgets(device=self.town.budgets["device_bytes"]).result(60)  # it has given some of it back
         self.resident.append(resident_bytes())
         print(f"{number:>8} requests, {self.resident[-1] / MIB:.1f} MiB resident", flush=True)
         for seed in (number, number + 1):
             data = to_learn(prompt_of(20, seed + at) for at in range(6))
-            plan = make_plan({"n_epochs": 2, "batch_size": 3, "rank": 4}, seed, len(data), self.town.base.layout)
+            plan = make_plan(
+                {"n_epochs": 2, "batch_size": 3, "rank": 4},
+                seed,
+                len(data),
+                self.town.base.layout,
+                width=self.town.base.width,
+            )
             served.trainer.add(Run(self.town.base, plan, data, None, self._note))
 
     def _note(self, news: News) -> None:

@@ -1,9 +1,11 @@
-"""`scripts/soak store`: a real server is killed with `kill -9` again and again, while users import, ask, delete and
-export, and an operator evicts and pins: once with an object store, of which the disk is a small cache, once without.
+"""`scripts/soak store`: a real server is killed with `kill -9` again and again, while users import, train, ask, delete
+and export, and an operator evicts and pins: once with an object store, of which the disk is a small cache, and once
+without.
 
 After each start every version that was acknowledged must answer as it did before the kills, every deletion that was
 acknowledged must have happened, no file and no object may lie there that no row names, and what `adapterhub doctor`
-looks at must be whole. A request that was cut off may have been done or not, but not by half.
+looks at must be whole. Every job must end, with one model, even if it was killed while it trained or published. A
+request that was cut off may have been done or not, but not by half.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ from transformers import AutoModelForCausalLM
 from adapterhub.cli.main import main
 from adapterhub.swap.database import Database
 from adapterhub.swap.repair import inspect
-from tests.serving import PeftFiles, Process, User, environment, eventually, run_cli, save_base
+from tests.serving import BASE, PeftFiles, Process, User, chat_lines, environment, eventually, run_cli, save_base
 
 OWNERS, NAMES, VARIANTS = 3, 4, 10
 TOKENS = 8  # of an answer
@@ -39,6 +41,7 @@ LONGEST_LIFE = 1.5  # seconds under load, until a kill
 DIES_YOUNG = 0.2  # of the servers: they are killed while they start
 LONGEST_START = 1.5  # seconds until that
 OUTAGE = 0.2  # of the lives: the store is gone for a part of them
+TRAINED, KEPT = "trained", 4  # what jobs publish, and how many versions of it an owner keeps
 DOCTOR = 25  # after so many kills the command itself looks, too
 BUDGETS = ("--device-bytes", "64KiB", "--ram-bytes", "64KiB", "--kv-bytes", "4MiB")
 DISK = ("--disk-bytes", "192KiB")  # of the cache: for about half of the variants
@@ -100,12 +103,17 @@ class Variant:
 @dataclass
 class Account:
     """What one owner was told, by name: the versions (their model's name -> the variant), the current one last.
-    `pending`: the name that a request was about when the server died, and the variant it imported."""
+    `pending`: the name that a request was about when the server died, and the variant it imported. What its jobs
+    published is apart: `trained` has what each such model said when it was asked first."""
 
     owner: str
     key: str
+    file: str  # to train on
     names: dict[str, dict[str, int]] = field(default_factory=dict)
     pending: tuple[str, int | None] | None = None
+    jobs: set[str] = field(default_factory=set)
+    trained: dict[str, str] = field(default_factory=dict)
+    deleted: set[str] = field(default_factory=set)  # models of jobs
 
 
 class Home:
@@ -128,7 +136,8 @@ class Home:
         self.server.start()
         for number in range(OWNERS):
             owner = f"owner-{number}"
-            self.accounts.append(Account(owner, self.server.user(owner).key))
+            user = self.server.user(owner)
+            self.accounts.append(Account(owner, user.key, user.upload(chat_lines())))
         try:
             self._learn()
             for number in range(1, kills + 1):
@@ -232,10 +241,15 @@ class Home:
             self.faults.append(f"doctor finds {report}")
 
     def _check_account(self, account: Account, user: User) -> None:
-        found = {
-            adapter["name"]: {v["model"]: v["number"] for v in adapter["versions"]}
-            for adapter in user.http.get("/v1/adapters").raise_for_status().json()["data"]
-        }
+        made = self._models_of_jobs(account, user)
+        listed = user.http.get("/v1/adapters").raise_for_status().json()["data"]
+        found = {a["name"]: {v["model"]: v["number"] for v in a["versions"]} for a in listed}
+        self._check_trained(account, user, made, set(found.pop(TRAINED, ())))
+        for adapter in listed:
+            if adapter["name"] == TRAINED and len(account.trained) > KEPT:
+                user.http.delete(f"/v1/adapters/{adapter['id']}").raise_for_status()
+                account.deleted |= account.trained.keys()
+                account.trained.clear()
         pending, imported = account.pending or ("", None)
         for name in found.keys() | account.names.keys():
             before, now = account.names.get(name, {}), found.get(name, {})
@@ -253,6 +267,40 @@ class Home:
             current = [*versions.values()][-1]
             for model, variant in {**versions, f"{account.owner}/{name}": current}.items():
                 self.check_answer(_answer(user, model), model, variant)
+
+    def _models_of_jobs(self, account: Account, user: User) -> set[str]:
+        """What all jobs have made, once none is under way."""
+
+        def under_way() -> dict[str, str]:
+            states = {job.id: job.status for job in user.openai.fine_tuning.jobs.list()}
+            return {identity: state for identity, state in states.items() if state not in ("succeeded", "failed")}
+
+        with suppress(AssertionError):  # what is wrong then is told below
+            eventually(lambda: not under_way())
+        if left := under_way():
+            self.faults.append(f"{account.owner}: jobs {left} do not end")
+        jobs = [*user.openai.fine_tuning.jobs.list()]
+        if lost := account.jobs - {job.id for job in jobs}:
+            self.faults.append(f"{account.owner}: jobs {lost} are gone")
+        for job in jobs:
+            if job.status == "failed" and (self.store is None or job.error.code not in REFUSALS):
+                self.faults.append(f"{account.owner}: {job.id} failed: {job.error}")
+        return {str(job.fine_tuned_model) for job in jobs if job.status == "succeeded"}
+
+    def _check_trained(self, account: Account, user: User, made: set[str], found: set[str]) -> None:
+        """Each job that succeeded has one model, which says for ever what it said at first."""
+        made = made - account.deleted
+        if made != found:
+            self.faults.append(f"{account.owner}: jobs made {made}, and there are {found}")
+        for model in made & found:
+            answer = _answer(user, model)
+            if answer.is_error:
+                self.faults.append(f"{model}: {answer.text}")
+                continue
+            said = answer.json()["choices"][0]["text"]
+            if account.trained.setdefault(model, said) != said:
+                self.faults.append(f"{model} says {said!r} instead of {account.trained[model]!r}")
+            self.counts["answers of trained models checked"] += 1
 
     @staticmethod
     def _may_be(imported: int | None, before: dict[str, int], fresh: set[str], gone: set[str]) -> bool:
@@ -292,11 +340,12 @@ class Worker:
     def __init__(self, home: Home, account: Account, user: User, admin: User, seed: float, *, may_fail: bool) -> None:
         self.home, self.account, self.user, self.admin = home, account, user, admin
         self._may_fail = may_fail
+        self._may_train = True
         self._choose = random.Random(seed)
 
     def run(self) -> None:
         acts: list[Callable[[], None]] = [self._import] * 4 + [self._ask] * 6 + [self._delete] * 2
-        acts += [self._delete_version, self._evict, self._pin, self._export]
+        acts += [self._delete_version, self._evict, self._pin, self._export, self._train]
         try:
             while True:
                 self._choose.choice(acts)()
@@ -314,6 +363,17 @@ class Worker:
             made = answer.json()["versions"][0]["model"]
             self.account.names.setdefault(name, {})[made] = variant
         self.account.pending = None
+
+    def _train(self) -> None:
+        """Once in a life, so that what is under way at its end does not take long."""
+        if not self._may_train:
+            return
+        self._may_train = False
+        method = {"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 2, "keep_checkpoints": 0}}}
+        body = {"model": BASE, "training_file": self.account.file, "suffix": TRAINED, "method": method}
+        answer = self.user.http.post("/v1/fine_tuning/jobs", json=body)
+        if self._accepted(answer, "jobs"):
+            self.account.jobs.add(answer.json()["id"])
 
     def _ask(self) -> None:
         if (picked := self._pick()) is not None:

@@ -21,6 +21,7 @@ BASE = "tiny"
 JSON, FORM = "application/json", "multipart/form-data; boundary=b"
 HELLO = [{"role": "user", "content": "Hello there"}]
 DEEP = 5000
+WIDE = 80_000
 
 
 @dataclass(frozen=True)
@@ -293,6 +294,10 @@ def texts() -> Iterator[Case]:
         "deep arrays": b"[" * DEEP + b"]" * DEEP,
         "deep objects": b'{"a":' * DEEP + b"1" + b"}" * DEEP,
         "deep arrays without an end": b"[" * 10**6,
+        "8 MiB of brackets": b"[" * 8 * 2**20,
+        "a list of very many lists": model + b'"x": [' + b"[]," * 10**6 + b"1]}",
+        "a list of very many numbers": model + b'"x": [' + b"1," * 10**6 + b"1]}",
+        "very many fields": model + b'"x": [' + b'{"a":""},' * 2 * 10**5 + b"1]}",
         "arrays deep below a field": model + b'"x": ' + b"[" * 150 + b"]" * 150 + b"}",
         "depth behind an unfinished string": b'["' + b'\\"' * 10**5 + b"[" * 10**5,
         "a key twice": model + b'"model": "gpt-4o", "messages": []}',
@@ -392,15 +397,33 @@ def chats() -> Iterator[Case]:
                 }
             ]
         },
+        "very many messages": {"messages": HELLO * 5000},
+        "very many messages that are none": {"messages": [1] * WIDE},
+        "very many parts": {"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * WIDE}]},
+        "very many parts in all": {
+            "messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 9}] * 999
+        },
+        "very many parts that are none": {"messages": [{"role": "user", "content": [1] * WIDE}]},
+        "very many calls that are none": {"messages": [{"role": "assistant", "tool_calls": [1] * WIDE}]},
+        "very many stops that are none": {"stop": [1] * WIDE},
+        "very many biases that are none": {"logit_bias": {f"x{i}": "a" for i in range(WIDE)}},
+        "very many tools that are none": {"tools": [1] * WIDE},
+        "very many modalities that are none": {"modalities": [1] * WIDE},
         "stream as an object": {"stream": {}},
         "stream_options without a stream": {"stream_options": {"include_usage": True}},
         "a user that is no text": {"user": {"a": 1}},
     }.items():
         yield asked(f"chat: {name}", 400, "invalid_value", **fields)
     yield asked("chat: max_tokens of 2^63", 400, "context_length_exceeded", max_tokens=2**63)
-    yield asked("chat: a long conversation", 400, "context_length_exceeded", messages=HELLO * 5000)
+    yield asked("chat: a long conversation", 400, "context_length_exceeded", messages=HELLO * 2000)
     yield asked(
         "chat: a long text", 400, "context_length_exceeded", messages=[{"role": "user", "content": "a" * 10**6}]
+    )
+    yield asked(
+        "chat: a text of 7 MiB",
+        400,
+        "context_length_exceeded",
+        messages=[{"role": "user", "content": "a few words " * 600_000}],
     )
     yield asked(
         "chat: one word a million times",
@@ -442,6 +465,10 @@ def prompts() -> Iterator[Case]:
         "texts and tokens": {"prompt": ["a", 1]},
         "prompts in prompts": {"prompt": [[[1]]]},
         "a thousand prompts": {"prompt": ["a"] * 1000},
+        "very many that are none": {"prompt": [1.5] * WIDE},
+        "very many tokens, and one that is none": {"prompt": [1] * WIDE + [1.5]},
+        "very many empty ones": {"prompt": [[]] * WIDE},
+        "very many tokens that are none, in one of two": {"prompt": [[1], [1.5] * WIDE]},
         "nothing": {"prompt": []},
         "an object": {"prompt": {"a": 1}},
         "logprobs of a million": {"logprobs": 10**6},
@@ -449,6 +476,7 @@ def prompts() -> Iterator[Case]:
     }.items():
         yield asked(f"prompt: {name}", 400, "invalid_value", PLAIN, **fields)
     yield asked("prompt: tokens without end", 400, "context_length_exceeded", PLAIN, prompt=[5] * 200_000)
+    yield asked("prompt: a text of 7 MiB", 400, "context_length_exceeded", PLAIN, prompt="a few words " * 600_000)
 
 
 # -- schemas and tools

@@ -10,7 +10,10 @@ import httpx
 import pytest
 from transformers import PreTrainedModel
 
-from tests.serving import PeftFiles, Server, User, chat_lines, eventually, running, small_config
+from adapterhub.api import listing
+from adapterhub.api.tenancy import keys
+from adapterhub.swap.database import now
+from tests.serving import SECONDS, PeftFiles, Server, User, chat_lines, eventually, running, small_config
 
 ROUTES = [
     ("GET", "/admin/tiers"),
@@ -64,6 +67,22 @@ def test_uses_are_counted_and_sorted_by(server: Server, user: User, adapter: Pef
         assert names(asker, path, sort="last_use", **more) == ["a", "b", "c"]
         assert names(asker, path, sort="-last_use", limit=2, **more) == ["c", "b"]
         assert names(asker, path, sort="-last_use", after=found["c"]["id"], **more) == ["b", "a"]
+
+
+def test_a_list_is_the_same_in_however_many_pieces_it_is_written(
+    server: Server, user: User, adapter: PeftFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    empty = user.http.get("/v1/adapters").json()
+    assert empty == {"object": "list", "data": [], "has_more": False, "first_id": None, "last_id": None, "total": 0}
+    for name in ("e", "a", "b", "c", "d"):
+        user.import_adapter(adapter, name)
+    whole = user.http.get("/v1/adapters").json()
+    assert [found["name"] for found in whole["data"]] == ["a", "b", "c", "d", "e"]
+    monkeypatch.setattr(listing, "_PIECE", 2)
+    assert user.http.get("/v1/adapters").json() == whole
+    page = user.http.get("/v1/adapters", params={"limit": 3}).json()
+    ids = [found["id"] for found in whole["data"]]
+    assert page == {**whole, "data": whole["data"][:3], "has_more": True, "first_id": ids[0], "last_id": ids[2]}
 
 
 def test_what_another_owner_does_with_the_same_block_is_not_ones_own_use(server: Server, adapter: PeftFiles) -> None:
@@ -201,7 +220,6 @@ def test_a_pin_goes_over_to_what_a_job_trains(server: Server, user: User, adapte
     user.tier(imported["model"])
     assert tiers(server)["device"]["pinned"] == before + 1
     user.job(user.train(chat_lines(), suffix="mine", max_steps=1), "succeeded")
-    assert tiers(server)["device"]["pinned"] == before
     user.tier(imported["model"])
     assert tiers(server)["device"]["pinned"] == before + 1
     user.http.delete(f"/v1/adapters/{imported['id']}").raise_for_status()
@@ -250,6 +268,42 @@ def test_a_hint_brings_an_adapter_to_the_device(server: Server, user: User, adap
     assert user.tier(imported["model"]) == "device"
 
 
+def test_what_a_job_publishes_comes_to_the_device_before_it_is_asked_for(server: Server, user: User) -> None:
+    user.job(user.train(chat_lines(), suffix="mine", max_steps=1), "succeeded")
+    eventually(lambda: names(user, "/v1/adapters", tier="device") == ["mine"])
+    assert user.tier(f"{user.owner}/mine") == "device"
+
+
+def test_what_an_owner_used_last_comes_to_the_device_when_their_key_is_seen_after_a_pause(
+    server: Server, user: User, adapter: PeftFiles, other_adapter: PeftFiles, third_adapter: PeftFiles, monkeypatch: Any
+) -> None:
+    other, mine = user.import_adapter(other_adapter, "other"), user.import_adapter(adapter, "mine")
+    for imported in (other, mine):
+        user.tier(imported["model"])
+        server.evict(imported["id"])
+    newest = user.import_adapter(third_adapter, "mine")["current"]
+
+    def on_device() -> list[str]:
+        """The versions that are there, or on their way; what was hinted at has had its turn."""
+        server.hub.engine.check_integrity().result(SECONDS)
+        tiers = server.hub.engine.engines[0].tiers
+        server.hub.engine.check_integrity().result(SECONDS)
+        return [v.id for v in server.hub.registry.versions(user.owner) if tiers.nearest(v.digest) is not None]
+
+    def come_back(hours: int) -> None:
+        monkeypatch.setattr(keys, "now", lambda: now() + hours * 3600)
+        user.openai.models.list()
+
+    come_back(0)
+    assert on_device() == [], "there was no pause"
+    come_back(1)
+    assert on_device() == [newest], "what the name of what was used last means by now"
+    assert user.tier(mine["model"]) == "device"
+    user.http.delete(f"/v1/adapters/{mine['id']}").raise_for_status()
+    come_back(2)
+    assert on_device() == [], "what is no more is not looked for"
+
+
 @pytest.mark.parametrize("verb", ["pin", "unpin", "prefetch"])
 def test_owners_steer_their_own_adapters_alone(server: Server, user: User, adapter: PeftFiles, verb: str) -> None:
     path = f"/v1/adapters/{user.import_adapter(adapter, 'mine')['id']}/{verb}"
@@ -274,8 +328,30 @@ def test_evict_takes_an_adapter_out_of_the_tier_that_is_named(
         ):
             assert server.admin.http.post(path, json=body).json()["evicted"] is True
             assert user.tier(imported["model"]) == found, body
-        for wrong, param in (({"tier": "disk"}, "tier"), ({"tiers": "ram"}, "tiers")):
+        for wrong, param in (({"tier": "disk"}, "tier"), ({"tier": "remote"}, "tier"), ({"tiers": "ram"}, "tiers")):
             assert refused(server.admin.http.post(path, json=wrong))[:2] == (400, param)
+        assert user.tier(imported["model"]) == "device", "nothing else has it"
+
+
+def test_a_file_is_evicted_from_a_disk_that_is_a_cache_and_fetched_again(
+    base_directory: Path, tmp_path: Path, adapter: PeftFiles
+) -> None:
+    with small(base_directory, tmp_path, store=f"file://{tmp_path}/store") as server:
+        user = server.user()
+        imported = user.import_adapter(adapter, "mine")
+        digest = imported["versions"][0]["digest"]
+        path = f"/admin/adapters/{imported['id']}/evict"
+        from_disk = lambda: server.admin.http.post(path, json={"tier": "disk"}).raise_for_status().json()  # noqa: E731
+        with server.hub.disk.holding(digest):
+            assert (from_disk()["evicted"], from_disk()["in_use"]) == (False, 1)
+        for _ in range(2):
+            assert (from_disk()["evicted"], from_disk()["in_use"]) == (True, 0)
+        assert names(user, "/v1/adapters", tier="remote") == ["mine"]
+        assert user.tier(imported["model"]) == "remote"
+        assert user.tier(imported["model"]) == "device"
+        from_disk()
+        assert user.tier(imported["model"]) == "device", "what is in memory stays there"
+        assert tiers(server)["disk"]["adapters"] == 0
 
 
 # -- budgets and rules
@@ -396,6 +472,9 @@ def test_tiers_shows_each_tier_and_the_store_where_there_is_one(
         user = stored.user()
         user.tier(user.import_adapter(adapter, "mine")["model"])
         shown = tiers(stored)
+    loads = shown["device"]["load_ms"]
+    assert loads["ram"] is loads["remote"] is None
+    assert 0 < loads["disk"]["p50"] <= loads["disk"]["p99"]
     assert shown["store"]["url"] == url
     assert (shown["disk"]["adapters"], shown["disk"]["loads"], shown["store"]["loads"]) == (1, 1, 0)
     for tier in ("device", "ram", "disk"):

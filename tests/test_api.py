@@ -196,18 +196,6 @@ def test_a_retried_creation_makes_one_job_even_when_the_first_is_done(user: User
     assert len(jobs.list().data) == 3
 
 
-def test_an_idempotency_key_makes_one_job_for_its_owner(server: Server, user: User) -> None:
-    def create(who: User, **more: Any) -> str:
-        file = who.upload(chat_lines())
-        headers = {"Idempotency-Key": "k-1"}
-        jobs = who.openai.fine_tuning.jobs
-        return jobs.create(model=BASE, training_file=file, extra_headers=headers, **SHORT, **more).id
-
-    first = create(user)
-    assert create(user) == first
-    assert create(server.user()) != first
-
-
 def test_the_sdks_own_retry_after_a_lost_answer_makes_one_job(user: User) -> None:
     file = user.upload(chat_lines())
     with losing_the_first_answer(user.url) as url:
@@ -499,6 +487,7 @@ def test_content_in_parts_and_every_role_are_read_as_text(user: User, tokenizer:
     ]
     assert answers[0].choices == answers[1].choices
     assert answers[0].usage is not None
+    plain[0]["role"] = "system"  # which is what this base calls it
     expected = tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
     assert answers[0].usage.prompt_tokens == len(expected)
 

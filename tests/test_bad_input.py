@@ -246,8 +246,6 @@ UNSUPPORTED: list[tuple[Callable[..., httpx.Response], str, Any]] = [
     (chat, "reasoning_effort", "high"),
     (chat, "verbosity", "low"),
     (chat, "store", True),
-    (plain, "echo", True),
-    (plain, "best_of", 3),
     (plain, "suffix", "The end."),
 ]
 
@@ -324,6 +322,16 @@ def test_what_does_not_fit_into_the_context_is_refused_with_the_numbers(user: Us
         refused(answer, 400, "context_length_exceeded", f"{CONTEXT} tokens", "max_tokens")
 
 
+@pytest.mark.parametrize("body", [{"messages": [{"role": "user", "content": "a" * 10**6}]}, {"prompt": "a" * 10**6}])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_made_tokens(
+    server: Server, user: User, monkeypatch: pytest.MonkeyPatch, body: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(server.hub.codec, "encode", lambda *_, **__: pytest.fail("it was encoded"))
+    [field] = body
+    answer = user.http.post(CHAT if field == "messages" else PLAIN, json={"model": BASE, **body})
+    refused(answer, 400, "context_length_exceeded", f"{CONTEXT} tokens", "1000", param=field)
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_an_unknown_model_is_refused_before_anything_is_sent(user: User, stream: bool) -> None:
     for name in ("gpt-4o", "", "a/b", "ft:", "ft:tiny:x:y:z", "a\0b", "x" * 1000, "../../etc/passwd", "' or 1=1 --"):
@@ -396,7 +404,19 @@ def upload(user: User, content: bytes = b"x", name: str = "a.jsonl", **fields: s
 def test_bad_uploads_are_refused(user: User) -> None:
     refused(upload(user, b""), 400, "empty_file", "empty", param="file")
     refused(upload(user, purpose="fun"), 400, "invalid_value", "'fun'", "fine-tune", param="purpose")
-    refused(upload(user, **{"expires_after[anchor]": "created_at"}), 400, "invalid_value", param="expires_after")
+    expiries: list[tuple[str | None, str | None, str]] = [
+        ("created_at", None, "seconds"),
+        (None, "3600", "anchor"),
+        ("last_active_at", "3600", "anchor"),
+        ("created_at", "3599", "seconds"),
+        ("created_at", "2592001", "seconds"),
+        ("created_at", "soon", "seconds"),
+    ]
+    for anchor, seconds, wrong in expiries:
+        fields = {"anchor": anchor, "seconds": seconds}
+        given = {f"expires_after[{name}]": value for name, value in fields.items() if value is not None}
+        refused(upload(user, **given), 400, "invalid_value", param=f"expires_after.{wrong}")
+    refused(upload(user, expires_after="3600"), 400, "invalid_value", param="expires_after.anchor")
     refused(user.http.post("/v1/files", data={"purpose": "fine-tune"}), 400, "invalid_value", param="file")
     refused(user.http.post("/v1/files", files={"file": ("a", b"x")}), 400, "invalid_value", param="purpose")
     refused(user.http.post("/v1/files", json={"purpose": "fine-tune"}), 400, "invalid_value", param="file")
@@ -457,10 +477,14 @@ BAD_JOBS: list[tuple[dict[str, Any], str, str]] = [
     ({"priority": "urgent"}, "priority", "'low', 'normal' or 'high'"),
     ({"method": {"type": "reinforcement", "reinforcement": {}}}, "method.type", "'supervised' and 'dpo'"),
     ({"method": {}}, "method.type", "'supervised' and 'dpo'"),
-    ({"method": {"type": "dpo", "dpo": {"hyperparameters": []}}}, "method.dpo", "objects"),
+    ({"method": {"type": "dpo", "dpo": {"hyperparameters": []}}}, "method.dpo.hyperparameters", "object"),
     ({"hyperparameters": {"beta": 0.1}}, "hyperparameters.beta", "dpo alone"),
-    ({"method": {"type": "supervised", "supervised": []}}, "method.supervised", "objects"),
-    ({"method": {"type": "supervised", "supervised": {"hyperparameters": 5}}}, "method.supervised", "objects"),
+    ({"method": {"type": "supervised", "supervised": []}}, "method.supervised", "object"),
+    (
+        {"method": {"type": "supervised", "supervised": {"hyperparameters": 5}}},
+        "method.supervised.hyperparameters",
+        "object",
+    ),
     *(
         ({"hyperparameters": {name: value}}, f"hyperparameters.{name}", words)
         for name, value, words in [

@@ -61,6 +61,14 @@ def test_what_was_written_comes_back(
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_blocks_that_are_alike_keep_their_layout_once(tmp_path: Path) -> None:
+    one, other, wider = (write_block(make_block(seed=i, rank=rank), tmp_path) for i, rank in enumerate((3, 3, 4)))
+    first, second, third = (read_block(path).meta for path in (one, other, wider))
+    assert first.layout is second.layout
+    assert first.scales is second.scales
+    assert (first.ranks, third.ranks) == ((3, 3, 3), (4, 4, 4))
+
+
 @pytest.mark.parametrize("source", [None, ORIGINALS])
 def test_the_file_is_a_safetensors_file(tmp_path: Path, source: dict[str, torch.Tensor] | None) -> None:
     block = make_block(source=source)

@@ -98,7 +98,7 @@ def test_pages_one_after_the_other_are_the_whole_list_in_order(
     while True:
         page = shelf.catalog.page(which, order, descending=descending, after=after, limit=9)
         assert page.total == len(expected)
-        for versions in page.adapters:
+        for versions in shelf.catalog.versions(page.adapters):
             released = versions[0].kind is Kind.RELEASE
             assert [(v.number, v.current) for v in versions] == [(2, released), (1, False)]
             seen.append(versions[0].adapter)

@@ -148,7 +148,11 @@ def test_four_choices_compute_their_prompt_once(server: Server, user: User) -> N
     answer = user.openai.chat.completions.create(model=BASE, messages=long, n=4, max_tokens=2)  # type: ignore[arg-type]
     assert answer.usage is not None
     shared = server.engine_stats()["shared_tokens"] - before
-    assert shared == 3 * ((answer.usage.prompt_tokens - 1) // 16 * 16) > 600
+    found = (answer.usage.prompt_tokens - 1) // 16 * 16
+    assert shared == 3 * found > 600
+    again = user.openai.chat.completions.create(model=BASE, messages=long, n=2, max_tokens=2)  # type: ignore[arg-type]
+    told = [a.usage.prompt_tokens_details.cached_tokens for a in (answer, again)]  # type: ignore[union-attr]
+    assert told == [0, found], "what was there before the request"
 
 
 # -- log probabilities
@@ -324,12 +328,12 @@ def sent(user: User, body: dict[str, Any]) -> socket.socket:
 def test_answers_that_find_no_place_take_those_that_did_with_them(base_directory: Path, tmp_path: Path) -> None:
     """While the engine is busy with something else, so that it is known how many wait."""
     with running(small_config(base_directory, tmp_path, max_batch=1, max_waiting=3)) as server:
-        engine, user, busy = server.hub.engine, server.user(), threading.Event()
+        engine, user, busy = server.hub.engine.engines[0], server.user(), threading.Event()
         engine._inbox.ask(busy.wait)
         stream: list[Any] = []
         waiting = threading.Thread(target=lambda: stream.extend(chat(user, n=2, stream=True, max_tokens=3)))
         waiting.start()
-        eventually(lambda: engine._live == 2)
+        eventually(lambda: engine.occupancy.requests == 2)
         for ask in (chat, complete):
             for streamed in (False, True):
                 with pytest.raises(openai.RateLimitError) as refused:

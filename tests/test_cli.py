@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -186,20 +187,22 @@ def test_one_that_cannot_be_imported_does_not_hold_up_the_others(
     whole = zip_of(tmp_path / "whole.zip", {"": adapter}).read_bytes()
     broken = whole[:5000] + bytes(100) + whole[5100:]
     (many / "f.zip").write_bytes(broken)
+    (many / "g.zip").write_text("no zip at all")
     done = run_cli("adapters", "import", str(many), user=user)
     assert done.returncode == 1
-    assert done.stdout.splitlines()[-1] == "2 imported, 3 failed."
-    pickled, name, damaged = done.stderr.splitlines()
+    assert done.stdout.splitlines()[-1] == "2 imported, 4 failed."
+    pickled, name, damaged, other = done.stderr.splitlines()
     assert pickled.startswith(f"error: {many}/b: ")
     assert "weights are a pickle" in pickled
     assert name.startswith(f"error: {many}/c d: 'c d' is not a valid name")
     assert damaged.startswith(f"error: {many}/f.zip: {many}/f.zip cannot be read")
+    assert other.startswith(f"error: {many}/g.zip: {many}/g.zip is neither a directory nor a zip file")
     assert [a["name"] for a in listed(user=user)] == ["a", "e"]
     done = run_cli("adapters", "import", str(many), "--json", user=user)
     assert done.returncode == 1
     said = json.loads(done.stdout)
     assert [a["name"] for a in said["imported"]] == ["a", "e"]
-    assert [f["source"] for f in said["failed"]] == [f"{many}/{name}" for name in ("b", "c d", "f.zip")]
+    assert [f["source"] for f in said["failed"]] == [f"{many}/{name}" for name in ("b", "c d", "f.zip", "g.zip")]
 
 
 def test_many_imports_end_with_the_first_that_no_server_answers(adapter: PeftFiles, tmp_path: Path) -> None:
@@ -297,7 +300,9 @@ def test_lists_are_filtered_sorted_and_cut(user: User, adapter: PeftFiles, other
     assert names("--reverse") == ["small", "big-2", "big-1"]
     assert names("--sort", "bytes") == ["small", "big-1", "big-2"]
     assert names("--name", "BIG") == ["big-1", "big-2"]
-    assert names("--limit", "2") == ["big-1", "big-2"]
+    cut = run_cli("adapters", "list", "--json", "--limit", "2", user=user)
+    assert [a["name"] for a in json.loads(cut.stdout)] == ["big-1", "big-2"]
+    assert cut.stderr == "2 of 3; --limit 0 shows all.\n"
     assert names("--limit", "0") == ["big-1", "big-2", "small"]
     assert "2 of 3; --limit 0 shows all." in ran("adapters", "list", "--limit", "2", user=user)
     assert run_cli("adapters", "list", "--sort", "colour", user=user).returncode == 2
@@ -320,7 +325,7 @@ def test_an_admin_sees_steers_and_deletes_everybodys_adapters(
     assert user.tier(alias) == "disk"
     ran("adapters", "evict", alias, "--tier", "ram", user=server.admin)
     assert user.tier(alias) == "device"
-    assert run_cli("adapters", "evict", alias, "--tier", "disk", user=server.admin).returncode == 2
+    assert "no object store" in failed("adapters", "evict", alias, "--tier", "disk", user=server.admin)
     for options in (["--all"], ["--owner", user.owner]):
         assert "admin key" in failed("adapters", "list", *options, user=user)
     assert "admin key" in failed("adapters", "evict", "mine", user=user)
@@ -364,8 +369,10 @@ def test_tiers_are_shown_and_their_budgets_set(own_server: Server, adapter: Peft
     user, admin = own_server.user(), own_server.admin
     user.tier(user.import_adapter(adapter, "mine")["model"])
     table = ran("tiers", user=admin)
-    for text in ("device", "8.0 MiB", "ram", "disk", "Hit ratio", "p99", " ms", "fragmentation 0.0%"):
+    for text in ("device", "8.0 MiB", "ram", "disk", "Hit ratio", "Read p99", " ms", "fragmentation 0.0%"):
         assert text in table
+    said = r"From when an adapter was asked for until it was on the device: from disk p50 [\d.]+ ms, p99 [\d.]+ ms\."
+    assert re.search(said, table)
     assert json.loads(ran("tiers", "--json", user=admin))["tiers"]["device"]["budget_bytes"] == 8 * 1024**2
     said = json.loads(ran("tiers", "set", "--device", "4MiB", "--ram", "1MiB", "--json", user=admin))
     assert [said["tiers"][t]["budget_bytes"] for t in ("device", "ram", "disk")] == [4 << 20, 1 << 20, 64 << 30]
@@ -387,7 +394,7 @@ def test_the_policy_is_shown_tried_and_set(own_server: Server, other_adapter: Pe
 
     said = ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", user=admin)
     assert alias in said
-    assert "would leave the device: 1 (11.0 KiB), RAM: 1 (10.9 KiB), and the disk: 0 (0 B)." in said
+    assert "would leave the device: 1 (11.0 KiB), RAM: 1 (11.0 KiB), and the disk: 0 (0 B)." in said
     assert "Nothing was changed." in said
     plan = json.loads(ran("policy", "set", "--owner", user.owner, "--ceiling", "1K", "--dry-run", "--json", user=admin))
     assert plan["device"][0]["models"] == [alias]
@@ -491,6 +498,27 @@ def test_train_measures_on_a_file_and_goes_on_from_what_an_adapter_has_learned(u
     assert job["model"] == f"{user.owner}/mine"
     assert job["proof"]["held_out"]
     assert "is not a file" in failed("train", str(first), "--name", "x", "--validation", str(tmp_path), user=user)
+
+
+def test_train_takes_all_that_a_job_can_be_asked_for(user: User, tmp_path: Path) -> None:
+    pair = {
+        "input": {"messages": [{"role": "user", "content": "Deck?"}]},
+        "preferred_output": [{"role": "assistant", "content": "Aye"}],
+        "non_preferred_output": [{"role": "assistant", "content": "No"}],
+    }
+    pairs = [{**pair, "input": {"messages": [{"role": "user", "content": f"Deck {i}?"}]}} for i in range(10)]
+    file = tmp_path / "likes.jsonl"
+    file.write_text("\n".join(map(json.dumps, pairs)))
+    asked = ("--set", "max_steps=2", "--set", 'targets=["q_proj", "v_proj"]', "--set", "schedule=cosine")
+    train = ("train", str(file), "--name", "mine", "--method", "dpo")
+    ran(*train, *asked, "--seed", "5", "--priority", "high", user=user)
+    [job] = json.loads(ran("jobs", "list", "--json", user=user))
+    assert (job["method"]["type"], job["seed"], job["priority"]) == ("dpo", 5, "high")
+    shown = job["hyperparameters"]
+    assert [shown[n] for n in ("max_steps", "targets", "schedule")] == [2, ["q_proj", "v_proj"], "cosine"]
+    assert "--set 'rank': write NAME=VALUE" in failed(*train, "--set", "rank", user=user)
+    assert "hyperparameters.rank is 99; it must be" in failed(*train, "--set", "rank=99", user=user)
+    assert "hyperparameters.rnk is not known" in failed(*train, "--set", "rnk=9", user=user)
 
 
 def test_a_job_is_paused_resumed_and_cancelled_and_its_checkpoints_and_curve_are_shown(
@@ -663,3 +691,24 @@ def test_serve_says_in_one_line_why_it_cannot(base_directory: Path, tmp_path: Pa
     for option in (("--port", "99999"), ("--port", "many"), ("--max-batch", "0"), ("--nothing",)):
         assert run_cli("serve", *base, *data, *option).returncode == 2
     assert not (tmp_path / "data").exists()
+
+
+FROZEN = """
+import atexit, gc
+from adapterhub.cli import main
+atexit.register(lambda: print(f"left out of collections: {gc.get_freeze_count()}"))
+main()
+"""
+
+
+def test_what_a_server_has_once_it_is_started_is_left_out_of_garbage_collections(
+    base_directory: Path, tmp_path: Path
+) -> None:
+    options = ["serve", "--base", str(base_directory), "--data-dir", str(tmp_path / "data"), "--port", "0"]
+    command = [sys.executable, "-c", FROZEN, *options, "--device-bytes", "8MiB", "--kv-bytes", "8MiB"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "admin key" in line)  # it has started
+        process.send_signal(signal.SIGINT)
+        said = process.communicate(timeout=SECONDS)[0]
+    assert int(re.findall(r"left out of collections: (\d+)", said)[0]) > 100_000

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from adapterhub.base.batch import Batch, Span
+from adapterhub.base.idle import PieceAbandoned
 from adapterhub.base.model import Base
 from adapterhub.errors import HubError, ServerFault
 from adapterhub.swap import peft
@@ -20,7 +23,7 @@ from adapterhub.train.dataset import Example, Kind
 from adapterhub.train.news import Checkpoint, News, Progress, Saved, Started, Trained
 from adapterhub.train.plan import Plan
 from adapterhub.train.run import Run
-from adapterhub.train.state import RunState
+from adapterhub.train.state import CopyRoom, RunState
 from tests.test_trainer import (
     all_of,
     block_of,
@@ -195,6 +198,42 @@ def test_a_damaged_state_is_refused_with_words(base: Base, tmp_path: Path, damag
     assert error.value.code == "training_state_damaged"
 
 
+def test_to_write_a_state_takes_no_memory_and_makes_a_safetensors_file(tmp_path: Path) -> None:
+    path = tmp_path / "state.safetensors"
+    tensors = {
+        "best": torch.arange(7).bfloat16(),
+        "block": torch.arange(2 * 1024**2, dtype=torch.float32),
+        "a.step": torch.tensor(3.0),
+    }
+    tracemalloc.start()
+    RunState(3, tensors, {"step": 3}).save(path)
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 1024**2
+    found = RunState.load(path)
+    assert (found.step, found.facts) == (3, {"step": 3})
+    for read in (found.tensors, load_file(path)):
+        assert read.keys() == tensors.keys()
+        assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+
+
+def test_states_that_nobody_has_written_yet_hold_up_others_but_no_training(base: Base) -> None:
+    plan = make_plan(n_epochs=6, max_steps=None, batch_size=10)
+    waiting, saved = list[Saved](), list[int]()
+
+    def tell(news: News) -> None:
+        if isinstance(news, Saved):
+            waiting.append(news)
+            saved.append(news.snapshot.step)
+        if isinstance(news, Progress) and news.step == 4:
+            waiting.clear()
+
+    trainer = CoTrainer(base, lambda: None)
+    trainer.add(Run(base, plan, data_set(make_items()), None, tell, copies=CopyRoom(1)))
+    carry_out(trainer)
+    assert saved == [1, 4], "a state is due after each of five steps"
+
+
 # -- measured
 
 
@@ -258,6 +297,47 @@ def test_a_checkpoint_is_the_adapter_at_the_end_of_an_epoch(base: Base) -> None:
     assert taken[0].metrics["train_loss"] == losses_of(news)[2]
 
 
+@pytest.mark.parametrize("valid", [None, make_items(4, start=900)], ids=["nothing held out", "held out"])
+def test_what_a_step_has_broken_is_no_checkpoint_and_those_before_it_are(
+    base: Base, valid: list[Any] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Plan, "learning_rate_at", lambda _, step, steps: 1e35 if step == 4 else 1e-3)
+    news = run(base, make_plan(n_epochs=8, max_steps=None, batch_size=10), make_items(), valid=valid)
+    error = news[-1]
+    assert isinstance(error, HubError)
+    assert error.code == "training_diverged"
+    assert "The loss is not finite after step 5" in error.message
+    taken = all_of(Checkpoint, news)
+    assert [c.step for c in taken] == [1, 2, 3, 4]
+    assert all(c.block.payload.isfinite().all() for c in taken)
+    assert [p.step for p in all_of(Progress, news)] == ([1, 2, 3, 4, 5] if valid is None else [1, 2, 3, 4])
+    assert all(math.isfinite(c.metrics["train_loss"]) for c in taken)
+
+
+@pytest.mark.parametrize("valid", [None, make_items(4, start=900)], ids=["nothing held out", "held out"])
+def test_a_checkpoint_is_told_once_wherever_the_run_is_interrupted(base: Base, valid: list[Any] | None) -> None:
+    plan, held_out = make_plan(n_epochs=4, max_steps=None, batch_size=10), data_set(valid) if valid else None
+    whole = all_of(Checkpoint, run(base, plan, make_items(), valid=valid))
+    assert [c.step for c in whole] == [1, 2, 3]
+    for pieces in range(1, 9):
+        told: list[News] = []
+        trainer = CoTrainer(base, lambda: None)
+        interrupted = Run(base, plan, data_set(make_items()), held_out, told.append)
+        trainer.add(interrupted)
+        for _ in range(pieces):
+            trainer.step(10**6)
+        trainer.take_out(interrupted, save=True)
+        trainer.step(1)
+        if isinstance(told[-1], Saved):
+            trainer.add(Run(base, plan, data_set(make_items()), held_out, told.append, state=told[-1].snapshot))
+            carry_out(trainer)
+        taken = all_of(Checkpoint, told)
+        assert [c.step for c in taken] == [1, 2, 3], pieces
+        for checkpoint, undisturbed in zip(taken, whole, strict=True):
+            assert torch.equal(checkpoint.block.payload, undisturbed.block.payload)
+            assert checkpoint.metrics == pytest.approx(undisturbed.metrics)
+
+
 @pytest.mark.parametrize(
     ("plan", "items", "expected"),
     [
@@ -287,6 +367,52 @@ def test_early_stopping_ends_a_run_that_gets_no_better_and_keeps_its_best(base: 
     assert end.proof.trained.loss == found[best]
 
 
+# -- what it costs
+
+
+def test_what_training_costs_is_known_before_the_first_run(base: Base) -> None:
+    trainer = CoTrainer(base, lambda: None)
+    assert not trainer.costs.known
+    trainer.try_out()
+    assert trainer.step(10**6) == 0, "it is nobody's training"
+    assert 0 < trainer.costs.seconds(64) <= trainer.costs.seconds(256)
+    assert all(p.grad is None for p in base.model.parameters())
+
+
+def test_what_others_do_with_the_device_in_the_middle_of_a_piece_is_no_cost_of_it(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def serve() -> None:
+        nonlocal now
+        now += 100
+
+    monkeypatch.setattr("adapterhub.train.cotrainer.perf_counter", lambda: now)
+    trainer = CoTrainer(base, lambda: None)
+    trainer.try_out()
+    trainer.add(run_of(base, "short", []))
+    while trainer.step(10**6, serve):
+        pass
+    assert now > 1000
+    assert trainer.costs.known
+    assert trainer.costs.seconds(64) == 0
+
+
+def test_a_trial_that_has_no_memory_is_given_up_and_runs_train(base: Base) -> None:
+    def short() -> None:
+        raise PieceAbandoned("requests need it")
+
+    trainer, news = CoTrainer(base, lambda: None), list[News]()
+    trainer.try_out()
+    assert trainer.step(10**6, short) == 0
+    assert not trainer.costs.known
+    trainer.add(run_of(base, "short", news))
+    carry_out(trainer)
+    assert trained(news)
+    assert trainer.costs.known
+
+
 # -- from an adapter
 
 
@@ -297,6 +423,19 @@ def test_going_on_from_an_adapter_starts_with_what_it_knows(base: Base) -> None:
     assert losses_of(again)[0] < 1.3 * losses_of(first)[-1]
     assert block_of(again).meta == block_of(first).meta
     assert not torch.equal(block_of(again).payload, block_of(first).payload)
+
+
+def test_the_proof_compares_with_what_was_gone_on_from_on_the_same_data(base: Base) -> None:
+    plan, known, new = make_plan(max_steps=40, learning_rate=1e-2), make_items(), make_items(start=300)
+    first = trained(run(base, plan, known, valid=known))
+    assert first.proof.initial is None
+    assert first.proof.no_worse
+    assert first.proof.trained is not None
+    for items, no_worse in ((known, True), (new, False)):
+        proof = trained(run(base, plan, items, valid=known, initial=first.block)).proof
+        assert proof.initial is not None
+        assert proof.initial.loss == pytest.approx(first.proof.trained.loss, rel=1e-4)
+        assert proof.no_worse is no_worse
 
 
 def test_an_adapter_of_other_ranks_and_scales_can_be_gone_on_from(base: Base) -> None:

@@ -173,6 +173,9 @@ def test_the_digest_is_checked_once_per_file_and_start(home: Home, monkeypatch: 
     home.disk.files.evict(1, "")
     home.read(ref)
     assert checked == [ref.digest] * 2, "what was fetched was checked before it had its name"
+    os.utime(home.path(ref), (0, 0))
+    home.read(ref)
+    assert checked == [ref.digest] * 3, "it may be another's by now"
 
 
 # -- damage
@@ -187,11 +190,22 @@ DAMAGE: dict[str, Callable[[Path], object]] = {
 }
 
 
+def read_before(home: Home, ref: AdapterRef) -> None:
+    """It was written long ago, and found good."""
+    os.utime(home.path(ref), (0, 0))
+    home.read(ref)
+
+
+@pytest.mark.parametrize("read_first", [False, True], ids=["never read", "read before"])
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_set_aside_and_fails_its_own_readers_only(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_file_is_set_aside_and_fails_its_own_readers_only(
+    tmp_path: Path, damage: str, read_first: bool
+) -> None:
     home = Home(tmp_path, store=False)
     other = home.publish(make_block(seed=9))
     ref = home.publish(make_block())
+    if read_first:
+        read_before(home, ref)
     DAMAGE[damage](home.path(ref))
     for _ in range(2):
         with pytest.raises(BlockDamaged, match="Import or train it again") as caught:
@@ -206,10 +220,13 @@ def test_a_damaged_file_is_set_aside_and_fails_its_own_readers_only(tmp_path: Pa
         home.disk.files.check_integrity()
 
 
+@pytest.mark.parametrize("read_first", [False, True], ids=["never read", "read before"])
 @pytest.mark.parametrize("damage", [d for d in DAMAGE if d != "a directory"])
-def test_with_a_store_a_damaged_file_is_fetched_again(home: Home, damage: str) -> None:
+def test_with_a_store_a_damaged_file_is_fetched_again(home: Home, damage: str, read_first: bool) -> None:
     home.publish(make_block(seed=9))
     ref = home.publish(make_block(source=ORIGINALS))
+    if read_first:
+        read_before(home, ref)
     DAMAGE[damage](home.path(ref))
     assert torch.equal(home.read(ref), make_block().payload)
     assert home.disk.block(ref).source is not None
@@ -322,6 +339,19 @@ def test_as_a_cache_the_disk_evicts_what_was_read_longest_ago(tmp_path: Path) ->
     assert stats["disk"]["used_bytes"] == sum(sizes(home))
     assert stats["disk"]["evictions"] == home.disk.files.evictions > 0
     assert stats["store"]["loads"] == home.fs.calls["get"] == 3
+
+
+def test_a_start_knows_what_was_read_longest_ago(tmp_path: Path) -> None:
+    home = Home(tmp_path)
+    refs = [home.publish(make_block(seed=seed)) for seed in range(3)]
+    for age, ref in enumerate(refs):
+        os.utime(home.path(ref), (1000 + age, 1000 + age))
+    home.read(refs[0])
+    again = DiskTier(tmp_path / "blobs", None, home.store)
+    again.files.settle([Named(digest, "mira", safe=True) for digest in sorted(ref.digest for ref in refs)])
+    for left in ([refs[0], refs[2]], [refs[0]]):
+        assert again.files.evict(1, "")
+        assert home.names() == {home.path(ref).name for ref in left}
 
 
 def test_what_the_cache_could_not_hold_is_refused_and_evicts_nothing(tmp_path: Path) -> None:
@@ -459,7 +489,7 @@ class DiskMachine(RuleBasedStateMachine):
     def damage(self, which: int, how: str) -> None:
         if which in self.published and self.home.path(self.published[which]).exists():
             DAMAGE[how](self.home.path(self.published[which]))
-            self.home.disk._verified.discard(self.published[which].digest)  # as after a start
+            self.home.disk._verified.pop(self.published[which].digest, None)  # as after a start
             assert torch.equal(self.home.read(self.published[which]), BLOCKS[which].payload)
 
     @rule(which=st.integers(0, 5))

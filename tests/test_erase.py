@@ -194,6 +194,57 @@ def test_the_command_line_asks_before_it_erases(server: Server, user: User) -> N
     )
 
 
+def test_the_command_line_writes_all_that_is_kept_of_an_owner(server: Server, user: User, tmp_path: Path) -> None:
+    file = user.upload(b"something", purpose="user_data", name="a.txt")
+    out = tmp_path / "new" / "all.zip"
+    done = run_cli("users", "export", user.owner, str(out), user=server.admin)
+    assert (done.returncode, f"Wrote {out}" in done.stdout) == (0, True), done.stderr
+    assert out.stat().st_mode & 0o077 == 0, "it is for whoever wrote it alone"
+    with zipfile.ZipFile(out) as archive:
+        assert archive.read(f"files/{file}-a.txt") == b"something"
+        assert archive.testzip() is None
+    user.upload(b"more", purpose="user_data", name="b.txt")
+    written = out.read_bytes()
+    asked = run_cli("users", "export", user.owner, str(out), user=server.admin)
+    assert (asked.returncode, "--yes" in asked.stderr, out.read_bytes()) == (1, True, written)
+    assert run_cli("users", "export", user.owner, str(out), "--yes", user=server.admin).returncode == 0
+    with zipfile.ZipFile(out) as archive:
+        assert [name[-5:] for name in archive.namelist() if name.startswith("files/")] == ["b.txt", "a.txt"]
+
+
+def test_an_export_that_fails_leaves_what_was_there_and_nothing_else(
+    server: Server, user: User, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    user.upload(b"x" * MIB, purpose="user_data")
+    out = tmp_path / "all.zip"
+    out.write_bytes(b"an older one")
+
+    def fails(owner: str, who: User) -> str:
+        done = run_cli("users", "export", owner, str(out), "--yes", user=who)
+        assert done.returncode == 1
+        assert [path.name for path in tmp_path.iterdir()] == ["all.zip"]
+        assert out.read_bytes() == b"an older one"
+        return done.stderr
+
+    assert "There is no user 'nobody'" in fails("nobody", server.admin)
+    assert "admin key" in fails(user.owner, user)
+
+    def cut_off(export: Any) -> Iterator[Any]:
+        yield "account.json", [b"{}"]
+        raise RuntimeError("the server fails amid the zip")
+
+    monkeypatch.setattr("adapterhub.api.export._Export.files", cut_off)
+    assert "No answer from" in fails(user.owner, server.admin)
+
+
+def test_what_could_not_be_exported_is_said(server: Server, user: User, tmp_path: Path) -> None:
+    file = user.upload(b"something", purpose="user_data")
+    (server.hub.config.uploads_dir / file).unlink()
+    done = run_cli("users", "export", user.owner, str(tmp_path / "all.zip"), user=server.admin)
+    assert (done.returncode, "1 things of" in done.stderr, "missing.json" in done.stderr) == (1, True, True)
+    assert zipfile.is_zipfile(tmp_path / "all.zip")
+
+
 def test_what_a_store_still_holds_is_said_and_deleted_when_it_answers_again(
     base_directory: Path, adapter: PeftFiles, tmp_path: Path
 ) -> None:
@@ -368,6 +419,9 @@ def test_the_export_holds_all_that_an_owner_has_and_nothing_of_others(server: Se
         for name, each in content.items():
             if name.startswith("files/"):
                 assert each == mira.openai.files.content(name[6:35]).content
+        [upload] = json.loads(content["uploads.json"])
+        [part] = [each for name, each in content.items() if name.startswith(f"uploads/{upload['id']}/")]
+        assert part == f"export-mira: {SECRET}".encode()
         [job] = [json.loads(each) for name, each in content.items() if name.endswith("/job.json")]
         assert job["status"] == "succeeded"
         said = [json.loads(line) for line in content[f"jobs/{job['id']}/events.jsonl"].splitlines()]

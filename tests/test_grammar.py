@@ -206,6 +206,15 @@ def test_one_owner_cannot_keep_the_compiling_threads_to_themselves(grammars: Gra
     compiled(grammars, {"const": "again"}, owner="greedy")
 
 
+def test_a_grammar_that_many_ask_for_at_once_is_compiled_once(grammars: Grammars) -> None:
+    hard = {"type": "object", "properties": {f"p{i}": {"type": "string"} for i in range(900)}}
+    part = schema_part("answer", hard, True, "it", "it")
+    begun = [grammars.compile("mira", [part]) for _ in range(16)]
+    assert len({id(one.result(timeout=60)) for one in begun}) == 1
+    theirs = grammars.compile("teo", [part]).result(timeout=60)
+    assert theirs is not begun[0].result(), "each owner has their own"
+
+
 @pytest.mark.parametrize("kind", ["sentencepiece", "unigram", "byte level"])
 def test_tokenizers_of_other_kinds_are_followed(kind: str) -> None:
     tokenizer = made_tokenizer(kind)
@@ -309,13 +318,13 @@ def test_who_gives_way_and_is_computed_again_goes_on_in_its_grammar(
     with serving(spoken, tmp_path, kv_bytes=kv_bytes(spoken, 256)) as client:
         alone = answers(client, mixed, together=False)
     with serving(spoken, tmp_path, kv_bytes=kv_bytes(spoken, 10)) as client:
-        preempt, given_way = client.engine._scheduler._preempt, []
+        preempt, given_way = client.engine._scheduler.preempt, []
 
         def counted(victim: Sequence) -> None:
             given_way.append(victim.produced > 0 and victim.matcher is not None)
             preempt(victim)
 
-        client.engine._scheduler._preempt = counted  # type: ignore[method-assign]
+        client.engine._scheduler.preempt = counted  # type: ignore[method-assign]
         assert answers(client, mixed, together=True) == alone
         assert any(given_way), "the cache was too large for the test to say anything"
 

@@ -95,7 +95,7 @@ def test_who_does_not_read_an_answer_is_hung_up_on(hurried: Server) -> None:
     user = hurried.user()
     file = user.upload(b"x" * (5 * MIB), purpose="user_data")
     with connected(hurried) as connection:
-        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
         head = f"GET /v1/files/{file}/content HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {user.key}\r\n\r\n"
         connection.sendall(head.encode())
         eventually(lambda: hurried.gate.inside == 1)
@@ -237,7 +237,7 @@ def test_an_answer_that_does_not_end_in_time_says_why(base_directory: Path, tmp_
         lines = answer.iter_lines()
         next(lines)
         server.app.state.hub.engine.evict("nothing").result(SECONDS)
-        server.app.state.hub.engine._inbox.put(lambda: go_on.wait(SECONDS))  # no token comes any more
+        server.app.state.hub.engine.engines[0]._inbox.put(lambda: go_on.wait(SECONDS))  # no token comes any more
         server.http.should_exit = True
         last = [line for line in lines if line][-1]
     go_on.set()

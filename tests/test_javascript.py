@@ -31,6 +31,11 @@ def test_the_javascript_sdk_works_as_it_is(user: User, tmp_path: Path) -> None:
     assert (said["filename"], said["content"], said["deleted"], said["parts"]) == ("größe.txt", "abc", True, True)
     assert sorted(said["files"]) == ["parts.jsonl", "training.jsonl"]
     assert said["job"] == ["succeeded", {"from": "js"}, 7]
+    assert said["states"][0] == "paused"
+    assert said["states"][1] in ("queued", "running")
+    assert said["states"][2] == "cancelled"
+    assert said["mine"] == [True], "by its metadata"
+    assert (said["call"]["name"], json.loads(said["call"]["arguments"])) == ("look_up", {"what": "tide"})
     assert said["events"][0] == "The job has successfully completed"
     assert set(said["checkpoints"]) == {"fine_tuning.job.checkpoint"}
     assert said["models"] == [m.id for m in user.openai.models.list()]

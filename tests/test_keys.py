@@ -18,7 +18,8 @@ from sqlite_utils import Database as PlainDatabase
 
 from adapterhub.api.auth import Needs
 from adapterhub.api.tenancy import keys as tenancy_keys
-from adapterhub.api.tenancy.keys import EVERYDAY, ApiKey, KeyStore, Scope, State
+from adapterhub.api.tenancy.keys import ApiKey, KeyStore, State
+from adapterhub.api.tenancy.terms import EVERYDAY, Scope
 from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.database import Database, now
 from tests.serving import (
@@ -31,6 +32,7 @@ from tests.serving import (
     process,
     run_cli,
     running,
+    save_base,
     small_config,
 )
 
@@ -131,7 +133,8 @@ def test_a_key_revoked_through_another_connection_is_revoked_at_once(keys: KeySt
     assert state(keys, kept.secret) is State.ACTIVE
     assert KeyStore(other).revoke(gone.key.id) == revoked, "the first time stays"
     other.close()
-    assert keys.ended([kept.key.id, gone.key.id, "key-unknown"]) == {gone.key.id, "key-unknown"}
+    ended = dict.fromkeys([gone.key.id, "key-unknown"], State.REVOKED)
+    assert keys.ended([kept.key.id, gone.key.id, "key-unknown"]) == ended
     with pytest.raises(BadRequest, match="revoked"):
         keys.rotate(gone.key.id, 60)
     with pytest.raises(NotFound):
@@ -140,7 +143,7 @@ def test_a_key_revoked_through_another_connection_is_revoked_at_once(keys: KeySt
 
 def test_last_uses_are_noted_in_memory_and_written_together(keys: KeyStore, database: Database) -> None:
     one, two = (keys.make("mira", EVERYDAY).key for _ in range(2))
-    keys.note_use(one.id)
+    keys.note_use(one)
     assert keys.get(one.id).last_used_at is None
     keys.save_uses()
     used = keys.get(one.id).last_used_at
@@ -255,15 +258,20 @@ def test_the_last_use_of_a_key_shows(server: Server, user: User) -> None:
     assert key.created_at <= used <= now()
 
 
-def test_a_stream_whose_key_is_revoked_ends_with_an_error_and_others_go_on(server: Server, user: User) -> None:
+@pytest.mark.parametrize(
+    ("how", "end"), [("revoked", KeyStore.revoke), ("expired", lambda keys, identity: keys.rotate(identity, 0))]
+)
+def test_a_stream_whose_key_is_revoked_or_expires_ends_with_an_error_and_others_go_on(
+    server: Server, user: User, how: str, end: Callable[[KeyStore, str], Any]
+) -> None:
     made = server.hub.keys.make(user.owner, EVERYDAY)
     other = server.as_user(user.owner, made.secret)
     kept, cut = (endless(who) for who in (user, other))
     next(kept), next(cut)
-    server.hub.keys.revoke(made.key.id)
-    with pytest.raises(openai.APIError, match="was revoked while it ran") as caught:
+    end(server.hub.keys, made.key.id)
+    with pytest.raises(openai.APIError, match=f"{how} while it ran") as caught:
         list(cut)
-    assert caught.value.code == "api_key_revoked"
+    assert caught.value.code == f"api_key_{how}"
     assert list(kept)[-1].choices[0].finish_reason == "length"
     with pytest.raises(openai.AuthenticationError):
         other.ask(BASE)
@@ -280,10 +288,9 @@ def endless(who: User, **options: Any) -> Iterator[Any]:
     )
 
 
-def test_a_key_revoked_on_the_command_line_beside_a_running_server_ends_its_stream(
-    base_directory: Path, tmp_path: Path
-) -> None:
-    with process(base_directory, tmp_path / "data") as server:
+def test_a_key_revoked_on_the_command_line_beside_a_running_server_ends_its_stream(tmp_path: Path) -> None:
+    base = save_base(tmp_path / BASE, context=1 << 17)  # its stream outlasts a command, however slowly that starts
+    with process(base, tmp_path / "data") as server:
         server.start()
         user = server.user("mira", server.create_key("mira", "--scope", "infer"))
         stream = endless(user)

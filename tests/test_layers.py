@@ -17,7 +17,7 @@ LAYERS = ["core", "swap", "base", "train", "api", "cli"]  # a lower one never im
 PACKAGES = {
     "core": set(),
     "swap": {"fsspec", "numpy", "regex", "safetensors", "sortedcontainers", "sqlite_utils", "torch"},
-    "base": {"jinja2", "llguidance", "numpy", "tokenizers", "torch", "transformers"},
+    "base": {"jinja2", "llguidance", "numpy", "pynvml", "tokenizers", "torch", "transformers", "triton"},
     "train": {"numpy", "safetensors", "sqlite_utils", "torch"},
 }
 FILES = sorted(ROOT.rglob("*.py"))
@@ -75,7 +75,7 @@ def test_every_layer_is_there_and_says_what_it_is() -> None:
 
 def test_what_decides_knows_neither_torch_nor_the_database() -> None:
     decide = [*(ROOT / "swap" / "policies").glob("*.py")]
-    decide += [ROOT / "swap" / f"{name}.py" for name in ("allocator", "windows", "room", "residency", "ref")]
+    decide += [ROOT / "swap" / f"{name}.py" for name in ("allocator", "windows", "room", "space", "residency", "ref")]
     for path in decide:
         packages = {m.split(".")[0] for m in imports_of(path)} - sys.stdlib_module_names
         assert packages <= {"adapterhub", "sortedcontainers"}, path
@@ -100,3 +100,21 @@ def test_swap_base_and_train_import_without_a_web_framework() -> None:
     run = subprocess.run([sys.executable, "-c", WITHOUT_WEB], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     assert {"adapterhub.swap.tiers", "adapterhub.base.engine", "adapterhub.train.cotrainer"} <= set(run.stdout.split())
+
+
+COMMAND_LINE = """
+import importlib, pkgutil, sys
+from adapterhub import cli
+print(*sys.modules)
+for module in pkgutil.iter_modules(cli.__path__, cli.__name__ + "."):
+    importlib.import_module(module.name)
+print(*sys.modules)
+"""
+
+
+def test_the_command_line_imports_nothing_heavy_before_a_command_needs_it() -> None:
+    run = subprocess.run([sys.executable, "-c", COMMAND_LINE], capture_output=True, text=True, check=True)
+    started, described = map(set, map(str.split, run.stdout.splitlines()))
+    assert {"adapterhub.cli.adapters", "adapterhub.cli.policy", "adapterhub.cli.keys"} <= described - started
+    heavy = {"torch", "transformers", "numpy", "sqlite_utils", "fastapi", "httpx", "importlib.metadata"}
+    assert not described & heavy

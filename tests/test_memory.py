@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import pytest
+import torch
 
 from adapterhub.errors import BadRequest
-from adapterhub.swap.memory import available_bytes
+from adapterhub.swap.memory import available_bytes, give_back_freed
 from tests.test_tiers import SIZE, opened
 
 MEMINFO = "MemTotal:       4000 kB\nMemFree:        10 kB\nMemAvailable:   3000 kB\nHugePages_Total: 0\n"
@@ -42,7 +44,7 @@ def test_a_pool_is_not_replaced_where_there_is_no_memory_for_what_stays_in_it(
         refs = [store.put(seed) for seed in range(3)]
         for ref in refs:
             store.use(ref)
-        monkeypatch.setattr("adapterhub.swap.contents.available_bytes", lambda: 2 * SIZE)
+        monkeypatch.setattr("adapterhub.swap.resize.available_bytes", lambda: 2 * SIZE)
         with pytest.raises(BadRequest, match="beside the one that it replaces") as refused:
             store.tiers.set_budgets(8 * SIZE, None).result(0)
         assert "restart the server" in refused.value.message
@@ -52,3 +54,18 @@ def test_a_pool_is_not_replaced_where_there_is_no_memory_for_what_stays_in_it(
         assert store.on_device() == {ref.digest for ref in refs[1:]}, "two of them fit twice"
         for ref in refs:
             store.use(ref)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "malloc_trim"), reason="needs glibc")
+def test_what_malloc_keeps_of_what_was_freed_goes_back_to_the_system() -> None:
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    size = 64 * 1024  # too small for malloc to ask the system for each
+    pieces = [torch.ones(size, dtype=torch.uint8) for _ in range(1024)]
+    kept = pieces[::16]  # so that what is free lies between
+    del pieces
+    before = resident()
+    give_back_freed()
+    assert before - resident() > 32 * 1024**2
+    assert all(piece.all() for piece in kept)

@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import re
 import socket
+import threading
 from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -62,11 +65,14 @@ def test_requests_and_tokens_are_counted_as_they_are(told: Server) -> None:
     assert new["vllm:generation_tokens_total"] == 15
     assert new["vllm:request_success_total{finished_reason=length}"] == 3
     assert new["vllm:time_to_first_token_seconds_count"] == 3
+    assert new["vllm:request_queue_time_seconds_count"] == 3
+    assert 0 <= new["vllm:request_queue_time_seconds_sum"] <= new["vllm:time_to_first_token_seconds_sum"]
     assert new["vllm:inter_token_latency_seconds_count"] == 12
     assert new["vllm:e2e_request_latency_seconds_count"] == 3
     assert new[f"http_requests_total{{handler={CHAT},method=POST,status=200}}"] == 3
     assert new[f"http_requests_total{{handler={CHAT},method=POST,status=404}}"] == 1
-    assert new["vllm:prefix_cache_hits_total"] > 0
+    assert 0 < new["vllm:prefix_cache_hits_total"] < new["vllm:prefix_cache_queries_total"]
+    assert new["vllm:prefix_cache_queries_total"] == new["vllm:prompt_tokens_total"]
 
 
 def test_a_stop_string_is_a_stop_and_a_client_that_goes_away_an_abort(told: Server) -> None:
@@ -92,12 +98,13 @@ def test_tiers_loads_and_jobs_are_told(told: Server, adapter: PeftFiles) -> None
     assert user.tier(made["model"]) == "disk"
     assert user.tier(made["model"]) == "device"
     told.evict(made["id"])
-    user.job(user.train(chat_lines(), max_steps=1), "succeeded")
-    after = read(told)
-    new = after - before
+    new = read(told) - before
     assert new["adapterhub:tier_hits_total{tier=device}"] == 1
     assert new["adapterhub:adapter_load_seconds_count{tier=disk}"] == 1
     assert new["adapterhub:tier_loads_total{tier=device}"] == 1
+    user.job(user.train(chat_lines(), max_steps=1), "succeeded")
+    after = read(told)
+    new = after - before
     assert after["adapterhub:tier_adapters{tier=disk}"] == 2
     assert after["adapterhub:tier_used_bytes{tier=disk}"] > 0
     assert after["adapterhub:tier_budget_bytes{tier=device}"] == told.hub.engine.budgets.device
@@ -176,9 +183,46 @@ def test_spans_are_off_unless_an_exporter_is_configured(monkeypatch: pytest.Monk
     with Tracing.from_environment().request("GET", {}) as span:
         assert not span.is_recording()
     monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:9")
-    pytest.importorskip("opentelemetry.exporter.otlp.proto.http")
-    tracing = Tracing.from_environment()
-    assert tracing.tracer.start_span("a").is_recording()
+    monkeypatch.setenv("OTEL_TRACES_EXPORTER", "none")
+    with Tracing.from_environment().request("GET", {}) as span:
+        assert not span.is_recording()
+
+
+@pytest.mark.parametrize("given", [None, "my-hub"])
+def test_spans_are_sent_to_where_the_environment_says_under_the_name_that_it_gives(
+    monkeypatch: pytest.MonkeyPatch, given: str | None
+) -> None:
+    bodies: list[tuple[str, bytes]] = []
+
+    class Collector(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            bodies.append((self.path, self.rfile.read(int(self.headers["content-length"]))))
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    collector = HTTPServer(("127.0.0.1", 0), Collector)
+    thread = threading.Thread(target=collector.serve_forever)
+    thread.start()
+    try:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{collector.server_port}")
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_COMPRESSION", "none")
+        if given is not None:
+            monkeypatch.setenv("OTEL_SERVICE_NAME", given)
+        tracing = Tracing.from_environment()
+        tracing.tracer.start_span("a span of ours").end()
+        tracing.close()
+    finally:
+        collector.shutdown()
+        thread.join()
+        collector.server_close()
+    [(path, body)] = bodies
+    assert path == "/v1/traces"
+    assert b"a span of ours" in body
+    assert (given or "adapterhub").encode() in body
+    assert b"unknown_service" not in body
 
 
 def test_the_dashboard_asks_for_what_there_is(told: Server) -> None:
@@ -196,7 +240,6 @@ def names_of(family: Metric) -> set[str]:
     return {sample.name for sample in family.samples} | {family.name, f"{family.name}_total", f"{family.name}_bucket"}
 
 
-def test_a_device_that_nvml_does_not_know_has_no_metrics() -> None:
-    assert list(Devices("cpu").collect()) == []
-    if not torch.cuda.is_available():
-        assert list(Devices("cuda:0").collect()) == []
+def test_a_processor_has_its_memory_and_nothing_of_what_gpus_tell() -> None:
+    told = {family.name for family in Devices({"cpu": torch.device("cpu")}).collect()}
+    assert told == {"adapterhub:device_memory_total_bytes", "adapterhub:device_memory_used_bytes"}

@@ -140,6 +140,14 @@ def test_the_versions_of_an_adapter_say_what_each_is_and_what_it_gets(shelf: She
     assert shelf.server.admin.http.get(shelf.path(first, "versions", above="/admin")).json() == listed
 
 
+def test_top_shows_an_adapter_without_a_release_once_it_was_used(shelf: Shelf) -> None:
+    candidate = shelf.publish(1, Kind.CANDIDATE)
+    assert shelf.name not in ran("top", "--once", "--rows", "1000", user=shelf.server.admin)
+    shelf.answered_by(candidate.model)
+    [line] = [line for line in ran("top", "--once", user=shelf.server.admin).splitlines() if shelf.name in line]
+    assert re.fullmatch(rf"{shelf.name}\s+1\s+1\s+\d+ s ago", line.strip()), "one hit, one load, and no size of its own"
+
+
 def test_an_adapter_without_a_release_is_listed_and_what_needs_one_is_refused(shelf: Shelf) -> None:
     candidate = shelf.publish(1, Kind.CANDIDATE)
     for sort in ("name", "-bytes", "created", "hits"):

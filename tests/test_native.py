@@ -18,10 +18,25 @@ from adapterhub.base.batch import KV_BLOCK, Batch, Segment, Span
 from adapterhub.base.kv import KVCache
 from adapterhub.base.model import Base, prepare_base
 from adapterhub.base.native import SOURCE, Isa, best_isa, library
-from adapterhub.base.native.decoder import NativeDecoder, supports
+from adapterhub.base.native.decoder import NativeDecoder
+from adapterhub.base.native.model import supports
 from adapterhub.base.native.structs import Matrix, address
 from adapterhub.base.native.structs import Segment as NativeSegment
-from adapterhub.swap.layout import Factors, Layout
+from adapterhub.swap.peft import MAX_RANK
+from tests.kernels import (
+    CONTEXTS,
+    GROUPS,
+    HEAD_DIMS,
+    MIXED_ROWS,
+    MIXES,
+    RANKS,
+    WINDOW,
+    InPool,
+    batch,
+    close,
+    in_pool,
+    random,
+)
 from tests.tiny import CPU, FAMILIES, VOCABULARY, tiny_model
 
 pytestmark = pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
@@ -36,15 +51,6 @@ WIDE_HEADS = LlamaConfig(
     max_position_embeddings=256,
 )
 ISAS = [isa for isa in Isa if library() is not None and isa <= best_isa()]
-
-
-def random(*shape: int, seed: int = 0, size: float = 1.0) -> torch.Tensor:
-    return (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * size).bfloat16()
-
-
-def close(found: torch.Tensor, expected: torch.Tensor, tolerance: float = 5e-3) -> None:
-    assert found.isfinite().all()
-    assert (found - expected).norm() <= tolerance * expected.norm()
 
 
 def test_the_sources_compile_without_a_word() -> None:
@@ -67,20 +73,11 @@ def test_linear_is_the_matrix_product(isa: Isa, tokens: int, rows: int, cols: in
     close(y, x.float() @ weight.float().T + bias.float(), 1e-5)
 
 
-MIXES = {
-    "distinct": [(0, 1, 0), (1, 2, 1), (2, 3, 2), (3, 4, 3)],
-    "identical": [(0, 9, 2)],
-    "uniform with prompts": [(0, 1, 0), (1, 34, 1), (40, 41, 3)],
-    "base in between": [(2, 3, 1), (5, 6, 0)],
-    "base only": [],
-}
-
-
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("mix", MIXES)
-@pytest.mark.parametrize("rank", [1, 3, 8, 16, 17, 64])
+@pytest.mark.parametrize("rank", [*RANKS, 128, MAX_RANK - 1, MAX_RANK])
 def test_lora_is_an_fp32_loop_over_segments(isa: Isa, mix: str, rank: int) -> None:
-    n_in, n_out, tokens = 96, 80, 43
+    n_in, n_out, tokens = 96, 80, MIXED_ROWS
     factors = [(random(rank, n_in, seed=i), random(rank, n_out, seed=i + 50, size=0.1)) for i in range(4)]
     pool = torch.cat([part.reshape(-1) for pair in factors for part in pair])
     x = random(tokens, n_in, seed=9)
@@ -101,11 +98,11 @@ def test_lora_is_an_fp32_loop_over_segments(isa: Isa, mix: str, rank: int) -> No
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dim", [16, 64, 80, 128])
-@pytest.mark.parametrize("group", [1, 3, 8])
-@pytest.mark.parametrize("window", [0, 7])
+@pytest.mark.parametrize("dim", HEAD_DIMS)
+@pytest.mark.parametrize("group", GROUPS)
+@pytest.mark.parametrize("window", [0, WINDOW])
 def test_attention_is_a_softmax_over_each_tokens_context(isa: Isa, dim: int, group: int, window: int) -> None:
-    contexts, kv_heads, scale = [1, 5, 16, 33, 70], 2, dim**-0.5
+    contexts, kv_heads, scale = CONTEXTS, 2, dim**-0.5
     keys, values = random(40 * KV_BLOCK, kv_heads, dim, seed=1), random(40 * KV_BLOCK, kv_heads, dim, seed=2)
     q = random(len(contexts), kv_heads * group, dim, seed=3)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(4)).int()
@@ -127,22 +124,6 @@ def test_attention_is_a_softmax_over_each_tokens_context(isa: Isa, dim: int, gro
 # -- the whole step
 
 
-@dataclass
-class InPool:
-    """An adapter in a pool of the test's own, as a hold gives it."""
-
-    rank: int
-    offsets: torch.Tensor
-    factors: dict[str, Factors]
-
-
-def in_pool(pool: torch.Tensor, start: int, layout: Layout, known: Layout, rank: int, seed: int) -> InPool:
-    block = pool[start : start + layout.numel(rank)]
-    block.copy_(random(len(block), seed=seed, size=0.1))
-    at = [start + rank * layout.offsets[t.name] if t.name in layout.offsets else -1 for t in known.targets]
-    return InPool(rank, torch.tensor(at), {t.name: f for t, f in layout.all_factors(block, rank)})
-
-
 def bases(family: str) -> tuple[Base, Base]:
     """The same model in bf16, as it is served, and in fp32."""
     model = tiny_model(family)
@@ -152,29 +133,6 @@ def bases(family: str) -> tuple[Base, Base]:
 
 def caches(*both: Base) -> list[KVCache]:
     return [KVCache(base.kv_shapes, 1 << 20, base.dtype, CPU) for base in both]
-
-
-def batch(
-    kv: KVCache,
-    lengths: list[int],
-    contexts: list[int],
-    adapters: list[InPool | None],
-    pool: torch.Tensor | None = None,
-) -> Batch:
-    tokens: list[int] = []
-    positions: list[int] = []
-    slots: list[int] = []
-    spans, segments = [], []
-    for i, (length, context, adapter) in enumerate(zip(lengths, contexts, adapters, strict=True)):
-        blocks = tuple(range(4 * i, 4 * i + kv.blocks_for(context)))
-        where = range(context - length, context)
-        spans.append(Span(len(tokens), length, context, blocks))
-        if adapter is not None:
-            segments.append(Segment(len(tokens), len(tokens) + length, adapter))
-        tokens += [(7 * i + 11 * p) % VOCABULARY for p in where]
-        positions += where
-        slots += [blocks[p // KV_BLOCK] * KV_BLOCK + p % KV_BLOCK for p in where]
-    return Batch(torch.tensor(tokens), torch.tensor(positions), spans, segments, kv, torch.tensor(slots), pool)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -202,30 +160,47 @@ def test_a_step_is_the_models_own_forward(family: str, isa: Isa) -> None:
             assert (found - expected).norm() <= 1.2 * (rounded - expected).norm()
 
 
-def test_a_mixed_batch_is_each_sequence_alone() -> None:
-    served, _ = bases("llama")
-    pool = torch.zeros(1 << 17, dtype=torch.bfloat16)
-    adapters = [in_pool(pool, i << 13, served.layout, served.layout, 4, seed=i) for i in range(5)] + [None]
-    kv, alone = caches(served, served)
-    decoder, other = NativeDecoder(served, kv), NativeDecoder(served, alone)
-    lengths = [3, 9, 1, 17, 2, 5]
-    ends = torch.tensor(lengths).cumsum(0) - 1
+def chosen(whole: Batch, order: list[int], adapters: list[InPool | None], kv: KVCache, pool: torch.Tensor) -> Batch:
+    """Some sequences of a batch, in another order."""
+    rows = torch.cat([torch.arange(whole.spans[i].rows.start, whole.spans[i].rows.stop) for i in order])
+    spans, segments = list[Span](), list[Segment]()
+    for i in order:
+        start, old = (spans[-1].rows.stop if spans else 0), whole.spans[i]
+        spans.append(Span(start, old.length, old.context, old.blocks))
+        if (adapter := adapters[i]) is not None:
+            segments.append(Segment(start, start + old.length, adapter))
+    return Batch(whole.tokens[rows], whole.positions[rows], spans, segments, kv, whole.slots[rows], pool)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3"])
+def test_a_mixed_batch_is_each_sequence_alone_in_any_order(family: str, isa: Isa) -> None:
+    served, _ = bases(family)
+    pool = torch.zeros(1 << 18, dtype=torch.bfloat16)
+    ranks = [4, 1, 17, 64, 3]
+    starts = [served.layout.numel(sum(ranks[:i])) for i in range(len(ranks))]
+    adapters: list[InPool | None] = [
+        in_pool(pool, start, served.layout, served.layout, rank, seed=rank)
+        for start, rank in zip(starts, ranks, strict=True)
+    ]
+    adapters.append(None)
+    steps = [([3, 9, 1, 17, 2, 5], [3, 9, 1, 17, 2, 5]), ([1, 1, 1, 6, 1, 1], [4, 10, 2, 23, 3, 6])]
+
+    def logits(order: list[int]) -> list[torch.Tensor]:
+        """Of each sequence's last row, step by step: prompts, then decoding beside a prompt's second chunk."""
+        [kv] = caches(served)
+        decoder, found = NativeDecoder(served, kv, isa), []
+        for lengths, contexts in steps:
+            step = chosen(batch(kv, lengths, contexts, [None] * len(adapters)), order, adapters, kv, pool)
+            rows = decoder.logits(step, torch.tensor([span.rows.stop - 1 for span in step.spans]))
+            found.append(rows[torch.tensor(order).argsort()])
+        return found
+
     with torch.no_grad():
-        together = decoder.logits(batch(kv, lengths, lengths, adapters, pool), ends)
-        whole = batch(alone, lengths, lengths, adapters)
-        for i, span in enumerate(whole.spans):
-            rows = span.rows
-            segments = [Segment(0, span.length, adapters[i])] if adapters[i] is not None else []
-            one = Batch(
-                whole.tokens[rows].contiguous(),
-                whole.positions[rows].contiguous(),
-                [Span(0, span.length, span.context, span.blocks)],
-                segments,
-                alone,
-                whole.slots[rows].contiguous(),
-                pool,
-            )
-            assert torch.equal(other.logits(one, torch.tensor([span.length - 1]))[0], together[i])
+        alone = [torch.cat(each) for each in zip(*(logits([i]) for i in range(len(adapters))), strict=True)]
+        for seed in range(6):
+            order = torch.randperm(len(adapters), generator=torch.Generator().manual_seed(seed)).tolist()
+            assert all(map(torch.equal, logits(order), alone))
 
 
 @pytest.mark.parametrize("isa", ISAS)

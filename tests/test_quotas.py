@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import socket
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import httpx
 import openai
@@ -17,12 +22,20 @@ from hypothesis import strategies as st
 
 from adapterhub.api.tenancy import rates as tenancy_rates
 from adapterhub.api.tenancy.buckets import MINUTE, SECOND, Bucket
-from adapterhub.api.tenancy.quotas import EVERYBODY, Limits, Quotas
+from adapterhub.api.tenancy.quotas import Limits, Quotas
 from adapterhub.api.tenancy.rates import USUAL_ANSWER, Rates
-from adapterhub.errors import BadRequest, RateLimited
+from adapterhub.api.tenancy.room import MAX_BODIES, Room
+from adapterhub.api.tenancy.terms import EVERYBODY
+from adapterhub.config import MIB
+from adapterhub.errors import BadRequest, RateLimited, TooManyRequests
 from adapterhub.swap.database import Database
-from tests.serving import BASE, PeftFiles, Server, User, chat_lines, run_cli
+from adapterhub.train.job import Job
+from adapterhub.train.news import Trained
+from adapterhub.train.publish import Publisher
+from tests.serving import BASE, SECONDS, PeftFiles, Server, User, chat_lines, eventually, run_cli
 
+RANK_4: Any = {"rank": 4}
+NO_CHECKPOINTS = {"keep_checkpoints": 0}
 HELLO: list[Any] = [{"role": "user", "content": "Hello there"}]
 
 
@@ -157,6 +170,12 @@ def test_requests_and_tokens_are_let_in_up_to_a_minutes_worth_and_then_as_they_c
         rates.admit("mira", 600)
 
 
+def test_the_first_request_may_be_for_all_of_a_minute(database: Database) -> None:
+    quotas = Quotas(database, Limits(requests_per_minute=1, tokens_per_minute=600))
+    rates = Rates(database, quotas, itertools.count().__next__)  # a clock that goes on whenever it is looked at
+    rates.admit("mira", 600)
+
+
 def test_a_request_that_can_never_be_let_in_is_told_so_and_takes_nothing(database: Database, clock: Clock) -> None:
     rates = Rates(database, Quotas(database, Limits(tokens_per_minute=100)), clock)
     with pytest.raises(RateLimited, match="for 101 tokens") as caught:
@@ -257,12 +276,37 @@ def test_tokens_count_as_the_answer_says_they_were_used(server: Server, user: Us
     assert answer.headers["x-should-retry"] == "false"
 
 
+def test_who_does_not_wait_for_the_first_token_has_used_the_prompt(
+    server: Server, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_quota(server, user.owner, tokens_per_minute=600)
+    submitted = threading.Event()
+    with monkeypatch.context() as patch:
+        patch.setattr(server.hub.engine, "submit", lambda request: submitted.set())  # and no token comes of it
+        body = json.dumps({"model": BASE, "prompt": [5] * 400, "max_tokens": 100})
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {user.key}\r\n"
+        head += f"content-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
+        where = urlsplit(server.url)
+        with socket.create_connection((where.hostname, where.port), timeout=SECONDS) as connection:
+            connection.sendall((head + body).encode())
+            assert submitted.wait(SECONDS)
+        eventually(lambda: not server.gate.inside)
+    assert int(server.hub.rates.headers(user.owner)["x-ratelimit-remaining-tokens"]) < 600
+
+
+def left(answer: httpx.Response, what: str) -> tuple[int, int]:
+    """The limit, and what there is of it."""
+    limit, remaining = (int(answer.headers[f"x-ratelimit-{which}-{what}"]) for which in ("limit", "remaining"))
+    return limit, remaining
+
+
 def test_adapters_are_limited_and_new_versions_of_one_are_not(server: Server, user: User, adapter: PeftFiles) -> None:
     set_quota(server, user.owner, adapters=2)
     for name in ("a", "b", "a"):
         user.import_adapter(adapter, name)
     answer = user.http.post("/v1/adapters", data={"name": "c"}, files=adapter.upload)
     assert "You have 2 of at most 2 adapters" in limited(answer, "exceeded_quota")
+    assert left(answer, "adapters") == (2, 0)
     assert answer.headers["x-should-retry"] == "false"
     [first, _] = user.http.get("/v1/adapters").json()["data"]
     user.http.delete(f"/v1/adapters/{first['id']}").raise_for_status()
@@ -289,6 +333,7 @@ def test_bytes_of_files_and_adapters_are_limited_together(server: Server, user: 
     kept = user.upload(b"x" * 600, purpose="user_data")
     answer = user.http.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("a", b"x" * 401)})
     assert "Delete something first" in limited(answer, "exceeded_quota")
+    assert left(answer, "bytes") == (imported["bytes"] + 1000, 400)
     user.upload(b"x" * 400, purpose="user_data")
     answer = user.http.post("/v1/adapters", data={"name": "more"}, files=adapter.upload)
     limited(answer, "exceeded_quota")
@@ -297,6 +342,36 @@ def test_bytes_of_files_and_adapters_are_limited_together(server: Server, user: 
     assert used["limits"]["bytes"] == imported["bytes"] + 1000
     user.openai.files.delete(kept)
     user.upload(b"x" * 600, purpose="user_data")
+
+
+@pytest.mark.parametrize("how", ["announced", "in chunks"])
+def test_what_is_sent_at_once_is_no_more_than_may_be_kept(server: Server, user: User, how: str) -> None:
+    set_quota(server, user.owner, bytes=1000)
+
+    def body() -> Iterator[bytes]:
+        yield b'--b\r\ncontent-disposition: form-data; name="file"; filename="a"\r\n\r\n'
+        yield from (b"x" * MIB for _ in range(5))
+        yield b'\r\n--b\r\ncontent-disposition: form-data; name="purpose"\r\n\r\nuser_data\r\n--b--\r\n'
+
+    headers = {"content-type": "multipart/form-data; boundary=b"}
+    content = body() if how == "in chunks" else b"".join(body())
+    answer = user.http.post("/v1/files", content=content, headers=headers)
+    assert "may keep" in limited(answer, "exceeded_quota")
+    assert left(answer, "bytes")[0] == 1000
+    user.upload(b"x" * 1000, purpose="user_data")
+
+
+def test_an_owner_has_only_so_many_uploads_under_way(database: Database) -> None:
+    room = Room(database, Quotas(database, Limits()))
+    with ExitStack() as many:
+        for _ in range(MAX_BODIES):
+            many.enter_context(room.arriving("mira"))
+        with pytest.raises(TooManyRequests), room.arriving("mira"):
+            pass
+        with room.arriving("teo") as more:
+            more(10**12)
+    with room.arriving("mira"):
+        pass
 
 
 def test_jobs_at_once_are_limited_and_a_retry_of_one_is_no_other(server: Server, user: User) -> None:
@@ -309,7 +384,9 @@ def test_jobs_at_once_are_limited_and_a_retry_of_one_is_no_other(server: Server,
         return user.http.post("/v1/fine_tuning/jobs", json=body, headers=headers)
 
     job = create().raise_for_status().json()["id"]
-    assert "You have 1 of at most 1 fine-tuning jobs under way" in limited(create(), "exceeded_quota")
+    refused = create()
+    assert "You have 1 of at most 1 fine-tuning jobs under way" in limited(refused, "exceeded_quota")
+    assert left(refused, "jobs") == (1, 0)
     assert create(**{"x-stainless-retry-count": "1"}).raise_for_status().json()["id"] == job
     assert user.http.get("/v1/quotas").json()["used"]["jobs"] == 1
     user.openai.fine_tuning.jobs.cancel(job)
@@ -336,6 +413,93 @@ def test_an_adapter_that_a_job_will_make_counts(server: Server, user: User, adap
     for job in user.openai.fine_tuning.jobs.list():
         if job.status not in ("cancelled", "failed", "succeeded"):
             user.openai.fine_tuning.jobs.cancel(job.id)
+
+
+# -- bytes that jobs make
+
+
+def model_bytes(server: Server, rank: int = 4) -> int:
+    return server.hub.base.layout.numel(rank) * server.hub.base.dtype.itemsize
+
+
+def used_bytes(user: User) -> int:
+    return int(user.http.get("/v1/quotas").raise_for_status().json()["used"]["bytes"])
+
+
+def said(user: User, job: str, level: str) -> list[str]:
+    """What events of that level say, the oldest first."""
+    events = user.openai.fine_tuning.jobs.list_events(job, limit=1000)
+    return [event.message for event in events if event.level == level][::-1]
+
+
+def test_a_job_whose_model_would_not_fit_fails_before_it_trains(server: Server, user: User) -> None:
+    file = user.upload(chat_lines())
+    set_quota(server, user.owner, bytes=used_bytes(user) + model_bytes(server) - 1)
+    job = user.openai.fine_tuning.jobs.create(model=BASE, training_file=file, hyperparameters=RANK_4)
+    failed = user.job(job.id, "failed")
+    assert (failed.error.code, failed.error.param) == ("exceeded_quota", None)
+    assert "with what your jobs will make" in failed.error.message
+    assert said(user, job.id, "error") == [failed.error.message]
+    assert failed.trained_tokens is None
+    assert user.http.get("/v1/adapters").json()["data"] == []
+    set_quota(server, user.owner, bytes=used_bytes(user) + model_bytes(server))
+    again = user.openai.fine_tuning.jobs.create(model=BASE, training_file=file, hyperparameters=RANK_4 | NO_CHECKPOINTS)
+    assert user.job(again.id, "succeeded").estimate["bytes"] == model_bytes(server)
+
+
+def test_what_a_job_will_make_counts_until_it_has_ended(server: Server, user: User) -> None:
+    file, other = user.upload(chat_lines(200)), user.upload(chat_lines())
+    set_quota(server, user.owner, bytes=used_bytes(user) + model_bytes(server) + 100)
+    long = {"n_epochs": 50, "batch_size": 1}
+    first = user.openai.fine_tuning.jobs.create(model=BASE, training_file=file, hyperparameters=RANK_4 | long)
+    user.job(first.id, "queued", "running")
+    before = used_bytes(user)
+    second = user.openai.fine_tuning.jobs.create(model=BASE, training_file=other, hyperparameters=RANK_4)
+    assert user.job(second.id, "failed").error.code == "exceeded_quota"
+    limited(
+        user.http.post("/v1/files", data={"purpose": "user_data"}, files={"file": ("a", b"x" * 101)}), "exceeded_quota"
+    )
+    assert user.upload(b"x" * 100, purpose="user_data")
+    user.openai.fine_tuning.jobs.cancel(first.id)
+    assert used_bytes(user) == before + 100 - model_bytes(server)
+
+
+def test_checkpoints_without_room_are_left_out_and_the_job_goes_on(server: Server, user: User) -> None:
+    file = user.upload(chat_lines())
+    set_quota(server, user.owner, bytes=used_bytes(user) + 2 * model_bytes(server))
+    hyperparameters: Any = RANK_4 | {"n_epochs": 4, "early_stopping": 0}
+    job = user.openai.fine_tuning.jobs.create(model=BASE, training_file=file, hyperparameters=hyperparameters)
+    assert user.job(job.id, "succeeded").fine_tuned_model
+    [kept] = user.openai.fine_tuning.jobs.checkpoints.list(job.id)
+    left_out = [m for m in said(user, job.id, "warn") if "could not be kept" in m]
+    assert len(left_out) == 2
+    assert all("You keep" in message for message in left_out)
+    assert kept.step_number < min(int(message.split()[4]) for message in left_out)
+
+
+def test_a_quota_that_became_too_small_while_a_job_trained_fails_it_and_its_last_checkpoint_stays(
+    server: Server, user: User, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finish = Publisher.finish
+
+    def lowered(publisher: Publisher, job: Job, trained: Trained) -> None:
+        set_quota(server, user.owner, bytes=1)
+        finish(publisher, job, trained)
+
+    monkeypatch.setattr(Publisher, "finish", lowered)
+    file = user.upload(chat_lines())
+    hyperparameters: Any = RANK_4 | {"n_epochs": 2}
+    job = user.openai.fine_tuning.jobs.create(model=BASE, training_file=file, hyperparameters=hyperparameters)
+    failed = user.job(job.id, "failed")
+    assert failed.error.code == "exceeded_quota"
+    [kept] = user.openai.fine_tuning.jobs.checkpoints.list(job.id)
+    assert kept.fine_tuned_model_checkpoint in failed.error.message
+    assert [m.id for m in user.openai.models.list()][1:] == [kept.fine_tuned_model_checkpoint]
+    assert user.ask(kept.fine_tuned_model_checkpoint) is not None
+    monkeypatch.undo()
+    set_quota(server, user.owner, bytes=None)
+    more = user.openai.fine_tuning.jobs.create(model=kept.fine_tuned_model_checkpoint, training_file=file)
+    user.job(more.id, "succeeded")
 
 
 def test_the_command_line_shows_and_sets_quotas(server: Server, user: User) -> None:

@@ -79,7 +79,8 @@ def test_what_is_in_a_record_comes_through_and_other_fields_are_ignored(tmp_path
     parts = [{"type": "text", "text": "A ship's "}, {"type": "text", "text": "cat."}]
     path.write_bytes(
         lines(
-            {**chat({**ASK, "name": "x"}, {**SAY, "weight": 0}, {"role": "assistant", "content": parts}), "id": 5},
+            chat({**ASK, "name": "x", "weight": None}, {**SAY, "weight": 0}, {"role": "assistant", "content": parts})
+            | {"id": 5},
             {"prompt": "", "completion": "b", "weight": 3},
         )
     )
@@ -87,6 +88,9 @@ def test_what_is_in_a_record_comes_through_and_other_fields_are_ignored(tmp_path
     assert isinstance(one, Chat)
     assert one.messages == [ASK, SAY, SAY]
     assert one.learned == [False, False, True]
+    path.write_bytes(lines(chat(ASK, {**SAY, "weight": None})))
+    [unweighed] = read_records(Source(path, "training_file"), Kind.SUPERVISED)
+    assert unweighed.learned == [False, True]
     assert isinstance(two, Completion)
     assert (two.prompt, two.completion, two.line.number) == ("", "b", 2)
     path.write_bytes(lines(PREFERENCE))

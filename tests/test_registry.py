@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
 
-from adapterhub.errors import BlockDamaged, NotFound, StorageFull, Unavailable
-from adapterhub.swap.blobs import Named
+from adapterhub.errors import BlockDamaged, StorageFull, Unavailable
 from adapterhub.swap.database import Database
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.mirror import Mirror
 from adapterhub.swap.objects import server_id
-from adapterhub.swap.ref import Tier
 from adapterhub.swap.registry import Registry
-from adapterhub.swap.repair import inspect, repair
 from adapterhub.swap.store import Store
+from tests.killed import said_until_killed
 from tests.test_block import make_block
 from tests.test_disk import FaultyFS, failing
 
@@ -179,22 +174,14 @@ while True:
 def publish_and_kill(data: Path, url: str, seed: int, seconds: float, expected: dict[str, int]) -> None:
     """Publishes and deletes in a process, kills it after so long, and brings `expected`, the content of each name, up
     to date; then starts again, and checks it."""
-    command = [sys.executable, "-c", PUBLISHER, str(data), url, str(seed)]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    time.sleep(seconds)  # the moment of the kill is what differs from run to run
-    process.kill()
     unsure: set[str] = set()
-    for line in process.stdout.read().splitlines():
+    for line in said_until_killed(PUBLISHER, str(data), url, str(seed), seconds=seconds):
         what, name, *content = line.split()
         unsure = {name} if what in ("publishing", "deleting") else set()
         if what == "published" and content:
             expected[name] = int(content[0])
         elif what == "deleted":
             expected.pop(name, None)
-    process.stdout.close()
-    process.wait()
     place = Place(data, url, budget=30_000)
     place.settle()
     place.check()
@@ -232,70 +219,6 @@ def test_every_query_of_a_request_or_a_publish_goes_by_an_index(tmp_path: Path) 
     for sql in plans:
         details = [row["detail"] for row in place.database.rows(f"explain query plan {sql}")]
         assert not [d for d in details if d.startswith("SCAN")], (sql, details)
-
-
-# -- repair
-
-
-def damage(place: Place, version: str) -> Path:
-    path = place.disk.files.path(place.registry.version("mira", version).digest)
-    whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    return path
-
-
-def test_repair_without_a_store_says_what_is_lost_and_leaves_the_others(tmp_path: Path) -> None:
-    data = tmp_path / "data"
-    place = Place(data)
-    bad, good = place.publish(1, "bad"), place.publish(2, "good")
-    path = damage(place, bad)
-    (data / "blobs" / f"{'0' * 64}.block").write_bytes(b"nobody's")
-    before = sorted(p for p in data.rglob("*") if "hub.db" not in p.name)
-    seen = inspect(place.database, data / "blobs", None, data)
-    assert [(f.version, f.path) for f in seen.faults] == [("mira/bad, version 1", path)]
-    assert sorted(p for p in data.rglob("*") if "hub.db" not in p.name) == before, "it changes nothing"
-    done = repair(place.database, data / "blobs", None, data)
-    assert ([f.version for f in done.faults], done.removed) == (["mira/bad, version 1"], 1)
-    assert place.registry.block(place.registry.version("mira", good)).digest
-    assert [v.name for v in place.registry.versions()] == ["bad", "good"], "its owner may still delete it"
-    with pytest.raises(NotFound):
-        place.registry.version("teo", bad)
-
-
-def test_repair_with_a_store_mends_brings_there_and_removes(tmp_path: Path, url: str) -> None:
-    data = tmp_path / "data"
-    place = Place(data, url)
-    bad, only_here = place.publish(1, "bad"), place.publish(2, "here")
-    damage(place, bad)
-    assert place.store is not None
-    place.store.delete(place.registry.version("mira", only_here).digest)
-    place.registry.objects.deleted(place.registry.version("mira", only_here).digest)
-    place.store.put("0" * 64, place.disk.files.path(place.registry.version("mira", only_here).digest))
-    assert inspect(place.database, data / "blobs", url, data).unnamed == 1
-    done = repair(place.database, data / "blobs", url, data)
-    assert (done.faults, done.mended, done.removed) == ([], ["mira/bad, version 1"], 1)
-    again = Place(data, url)
-    again.check()
-    assert inspect(again.database, data / "blobs", url, data).faults == []
-
-
-def test_a_good_block_that_was_set_aside_is_put_back(tmp_path: Path) -> None:
-    place = Place(tmp_path / "data")
-    version = place.registry.version("mira", place.publish(1))
-    place.disk.files.set_aside(version.digest)
-    done = repair(place.database, tmp_path / "data" / "blobs", None, tmp_path / "data")
-    assert (done.faults, done.mended) == ([], ["mira/one, version 1"])
-
-
-def test_what_lies_in_a_store_alone_is_not_called_lost_when_no_store_is_given(tmp_path: Path, url: str) -> None:
-    place = Place(tmp_path / "data", url)
-    place.publish(1)
-    place.disk.files.evict(1, "")
-    place.disk.files.settle([Named("absent", "mira")])
-    seen = inspect(place.database, tmp_path / "data" / "blobs", None, tmp_path / "data")
-    assert (seen.faults, seen.unseen) == ([], {url: 1})
-    assert inspect(place.database, tmp_path / "data" / "blobs", url, tmp_path / "data").in_store == 1
-    assert place.disk.tier_of(place.registry.versions()[0].digest) is Tier.REMOTE
 
 
 def test_the_mirror_does_not_disturb_uploads_that_are_under_way(tmp_path: Path) -> None:

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from adapterhub.swap.allocator import ALIGNMENT
 from adapterhub.swap.policies import Item, OwnerRule, Policy, Rules, TierRules
 from adapterhub.swap.ref import Tier
-from adapterhub.swap.residency import Admission, Residency
+from adapterhub.swap.residency import Residency
+from adapterhub.swap.space import Admission, Space
 
 OWNERS = ["ada", "bob", "cyd"]
 
@@ -55,7 +56,7 @@ class Machine:
 
     def has_room(self, units: int, spare: tuple[str, ...]) -> bool:
         """Between two blocks on their way, does what is free and what may go have so many units?"""
-        places, keeper = self.residency._places, self.residency.device
+        places, keeper = self.residency.pool.places, self.residency.device
         found, best = 0, 0
         for key in self.memory:
             if key is not None and places[key].loading:
@@ -67,16 +68,16 @@ class Machine:
 
     def check(self) -> None:
         self.residency.check_integrity()
-        for key, place in self.residency._places.items():
+        for key, place in self.residency.pool.places.items():
             start, count = place.start // ALIGNMENT, place.size // ALIGNMENT
             assert self.memory[start : start + count] == [key] * count
         for unit, key in enumerate(self.memory):
-            assert key is None or key in self.residency._places, f"{key} has left unit {unit}"
+            assert key is None or key in self.residency.pool.places, f"{key} has left unit {unit}"
 
     def sync(self) -> None:
         """After blocks were taken away or laid out anew."""
         self.memory = [None] * (self.residency.allocator.capacity // ALIGNMENT)
-        for key, place in self.residency._places.items():
+        for key, place in self.residency.pool.places.items():
             for unit in range(place.start // ALIGNMENT, (place.start + place.size) // ALIGNMENT):
                 assert self.memory[unit] is None
                 self.memory[unit] = key
@@ -113,14 +114,14 @@ def test_room_is_found_whenever_there_is_any_and_no_block_is_hurt(
     machine = Machine(Residency(16 * ALIGNMENT, 8 * ALIGNMENT, rules[0]))
     residency = machine.residency
     for now, (event, number, units) in enumerate(steps):
-        keys = sorted(residency._places)
+        keys = sorted(residency.pool.places)
         key = keys[number % len(keys)] if keys else ""
-        if event == "admit" and f"key-{number}" not in residency._places:
+        if event == "admit" and f"key-{number}" not in residency.pool.places:
             spare = (key,) if key and units % 3 == 0 else ()
             machine.admit(item(number, units), now, pinned=number % 9 == 0, spare=spare)
         elif event == "keep" and f"key-{number}" not in residency.ram:
             residency.keep(item(number, units), now, pinned=number % 9 == 0)
-        elif event == "resize" and not any(place.loading for place in residency._places.values()):
+        elif event == "resize" and not any(place.loading for place in residency.pool.places.values()):
             size = residency.allocator.used_bytes // 2 if units < 4 else units * 4 * ALIGNMENT
             plan = residency.plan(None, size, units * ALIGNMENT, now)
             assert residency.change(None, size, units * ALIGNMENT, now) == plan
@@ -218,6 +219,45 @@ def test_what_more_than_three_quarters_of_a_budget_would_pin_is_not_pinned() -> 
     assert admitted(machine, 2).evicted == ["key-3"]
 
 
+def test_what_would_fit_beside_others_finds_room_once_only_those_are_in_use() -> None:
+    machine = Machine(Residency(8 * ALIGNMENT, 0))
+    for number in range(4):  # the first is pinned
+        machine.admit(item(number, 2), number, pinned=number == 0)
+        machine.residency.arrived(f"key-{number}")
+        machine.residency.hold(f"key-{number}", number)
+    fits = lambda units, *numbers: machine.residency.fits_beside(  # noqa: E731
+        units * ALIGNMENT, [f"key-{number}" for number in numbers]
+    )
+    assert fits(6)
+    assert not fits(7), "the pinned one stays"
+    assert fits(6, 0), "and counts once"
+    assert fits(4, 0, 2)
+    assert not fits(5, 0, 2)
+    for number in (1, 3):
+        machine.residency.release(f"key-{number}", 9)
+    assert admitted(machine, 4).evicted == ["key-1", "key-3"]
+
+
+def test_what_pins_left_no_room_for_is_pinned_when_they_do() -> None:
+    residency = Residency(8 * ALIGNMENT, 0)
+    for number in range(4):
+        assert residency.admit(item(number, 2), number, pinned=True) is not None
+        residency.arrived(f"key-{number}")
+    assert not residency.device.is_pinned("key-3")
+    residency.pin("key-0", False, 5)
+    assert residency.device.is_pinned("key-3")
+    residency.pin("key-0", True, 6)
+    assert not residency.device.is_pinned("key-0")
+    residency.remove("key-1")
+    assert residency.device.is_pinned("key-0")
+    residency.admit(item(1, 2), 7, pinned=True)
+    residency.arrived("key-1")
+    assert not residency.device.is_pinned("key-1")
+    assert residency.change(None, 12 * ALIGNMENT, None, 8) is not None
+    assert residency.device.is_pinned("key-1"), "a larger budget"
+    residency.check_integrity()
+
+
 def test_blocks_in_ram_are_found_there_and_the_device_comes_first() -> None:
     residency = Residency(4 * ALIGNMENT, 4 * ALIGNMENT)
     residency.keep(item(1, 2), 0)
@@ -238,3 +278,62 @@ def test_a_pool_too_small_for_what_is_pinned_or_in_use_is_refused(policy: Policy
     assert {key for key, _ in plan.device} == {"key-2", "key-3"}
     machine.sync()
     machine.check()
+
+
+@given(
+    rules=_rules(),
+    steps=st.lists(st.tuples(st.sampled_from([*_OFTEN, "remove", "pin"]), st.integers(0, 60), st.integers(1, 6))),
+)
+def test_where_nothing_moves_room_is_found_whenever_neighbours_may_go(
+    rules: Rules, steps: list[tuple[str, int, int]]
+) -> None:
+    space = Space(16 * ALIGNMENT, rules.ram, moves=False)
+    used: list[str] = []
+
+    def stays(key: str | None) -> bool:
+        return key is not None and (space.places[key].busy or space.keeper.is_pinned(key))
+
+    def units() -> list[str | None]:
+        seen: list[str | None] = [None] * 16
+        for key, place in space.places.items():
+            for unit in range(place.start // ALIGNMENT, (place.start + place.size) // ALIGNMENT):
+                assert seen[unit] is None
+                seen[unit] = key
+        return seen
+
+    for now, (event, number, size) in enumerate(steps):
+        keys = sorted(space.places)
+        key = keys[number % len(keys)] if keys else ""
+        if event == "admit" and f"key-{number}" not in space.places:
+            before = {key: place.start for key, place in space.places.items()}
+            free = [not stays(key) for key in units()]
+            possible = any(all(free[at : at + size]) for at in range(16 - size + 1))
+            admission = space.admit(item(number, size), now, pinned=number % 9 == 0)
+            assert (admission is not None) == possible
+            if admission is not None:
+                assert not admission.moves
+                assert not {*admission.evicted} & {*used}
+                assert all(space.places[key].start == at for key, at in before.items() if key not in admission.evicted)
+        elif keys and event == "hold":
+            space.take(key)
+            used.append(key)
+        elif used and event == "release":
+            space.leave(used.pop(number % len(used)))
+        elif keys and event == "remove" and not space.places[key].busy:
+            space.remove(key)
+        elif keys and event == "pin":
+            space.pin(key, number % 2 == 0, now)
+        units()
+        space.check_integrity()
+
+
+def test_of_blocks_that_do_not_move_neighbours_go_rather_than_those_used_longest_ago() -> None:
+    space = Space(8 * ALIGNMENT, TierRules(), moves=False)
+    for number in range(4):
+        assert space.admit(item(number, 2), number) is not None
+    for number in (1, 2, 0, 3):
+        space.keeper.touch(f"key-{number}", 10)
+    assert space.admit(item(9, 2), 11) == Admission(2 * ALIGNMENT, ["key-1"], [])
+    admission = space.admit(item(8, 4), 12)
+    assert admission is not None
+    assert set(admission.evicted) == {"key-2", "key-3"}

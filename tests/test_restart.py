@@ -5,11 +5,12 @@ from __future__ import annotations
 import random
 import resource
 import socket
+import sqlite3
 import subprocess
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,20 @@ def test_a_job_that_waits_needs_nothing_more_after_a_kill(killed: Process) -> No
         user.openai.fine_tuning.jobs.cancel(job)
     user.job(waiting, "succeeded")
     assert messages(user, waiting).count("Files validated, moving job to queued state") == 1
+
+
+def test_a_job_that_was_queued_when_the_server_was_killed_starts_although_nothing_else_happens(killed: Process) -> None:
+    user = killed.user("queued")
+    job = user.train(chat_lines(60), batch_size=1, n_epochs=4)
+    eventually(lambda: steps(user, job))
+    user.openai.fine_tuning.jobs.pause(job)
+    eventually(lambda: killed.engine_stats()["training"]["runs"] == 0)
+    killed.kill()
+    with closing(sqlite3.connect(killed.data_dir / "hub.db")) as database:  # as between its validation and its start
+        database.execute("update jobs set status = 'queued' where id = ?", (job,))
+        database.commit()
+    user = killed.start().user(user.owner, user.key)
+    user.job(job, "succeeded")
 
 
 def test_a_paused_job_stays_paused_over_a_kill_and_goes_on(killed: Process) -> None:
@@ -344,7 +359,7 @@ def test_uploads_to_a_full_disk_are_refused_and_leave_nothing(killed: Process, a
     """The process may write no file beyond a size: what the system then says is what it says of a full disk."""
     user = killed.user("full")
     before = stored(killed)
-    size = max(p.stat().st_size for p in killed.data_dir.iterdir() if p.is_file()) + 64 * 1024
+    size = max(p.stat().st_size for p in killed.data_dir.glob("hub.db*")) + 64 * 1024
     assert killed.pid is not None
     unlimited = resource.prlimit(killed.pid, resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     for content in (b"x" * (size + 1), b"x" * (size + 2 * 1024**2)):  # the second does not fit into memory either

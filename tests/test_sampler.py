@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adapterhub.base.request import Request, Sampling
 from adapterhub.base.sampler import sample
@@ -64,6 +65,27 @@ def test_a_row_gets_the_same_token_alone_and_among_any_others(rounded: bool) -> 
         assert ids(logits, *(make([3, 3, 9], **m) for m in made)) == alone
         backwards = [make([3, 3, 9], **m) for m in reversed(made)]
         assert ids(logits.flip(0), *backwards) == alone[::-1]
+
+
+class Operations(TorchDispatchMode):
+    """Counts what torch is asked to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_penalties_bias_and_early_ends_take_the_same_operations_for_any_number_of_rows() -> None:
+    asked = {"frequency_penalty": 0.5, "presence_penalty": 0.2, "logit_bias": {7: 5.0, 3: 1.0}, "min_tokens": 9}
+    counts = []
+    for rows in (1, 20):
+        logits, sequences = logits_of(rows), [make([3, 3, 9], **asked) for _ in range(rows)]
+        with Operations() as operations:
+            sample(logits, sequences, frozenset({0, 1}))
+        counts.append(operations.count)
+    assert counts[0] == counts[1]
 
 
 def naive(row: torch.Tensor, sequence: Sequence, end: frozenset[int]) -> int:
@@ -224,8 +246,16 @@ def test_the_smallest_number_drawn_is_not_a_token_that_is_impossible() -> None:
 def test_a_seed_decides_and_its_numbers_go_on() -> None:
     logits = torch.zeros(1, VOCABULARY)
     one, same, other = (make(temperature=1.0, seed=seed) for seed in (1, 1, 2))
-    first, second = ids(logits, one), ids(logits, one)
-    assert [first, second] == [ids(logits, same), ids(logits, same)]
+
+    def produce(sequence: Sequence) -> list[int | None]:
+        again, found = ids(logits, sequence), ids(logits, sequence)
+        assert again == found, "a step that is run again draws the same token"
+        assert found[0] is not None
+        sequence.append(found[0])
+        return found
+
+    first, second = produce(one), produce(one)
+    assert [first, second] == [produce(same), produce(same)]
     assert first != second
     assert first != ids(logits, other)
     assert math.isfinite(sum(t for t in (*first, *second) if t is not None))

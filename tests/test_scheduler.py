@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import random
+import sys
 from collections import Counter
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -42,7 +45,7 @@ class Floor:
     def step(self) -> bool:
         scheduler = self.scheduler
         work = scheduler.schedule()
-        assert sum(w.tokens for w in work) <= scheduler.max_step_tokens
+        assert sum(w.tokens for w in work) <= scheduler.step_tokens <= scheduler.max_step_tokens
         assert len(scheduler.running) <= scheduler.max_batch
         assert len({id(w.sequence) for w in work}) == len(work)
         for w in work:
@@ -156,6 +159,36 @@ def test_owners_come_in_turn_each_with_its_oldest() -> None:
     while floor.step():
         pass
     assert floor.ended == ["a-1", "b-4", "c-6", "a-2", "b-5", "a-3"]
+
+
+def lines(act: Callable[[], object]) -> int:
+    """How many lines of Python it takes."""
+    count, before = 0, sys.gettrace()
+
+    def trace(_: object, event: str, __: object) -> Any:
+        nonlocal count
+        count += event == "line"
+        return trace
+
+    sys.settrace(trace)
+    try:
+        act()
+    finally:
+        sys.settrace(before)
+    return count
+
+
+def test_what_a_step_and_a_cancel_take_grows_with_the_queue_alone() -> None:
+    """One owner with many requests among many owners with one, and nobody can start: all wait for their adapters."""
+    scheduler = Floor(max_batch=4).scheduler
+    many = 300
+    for number in range(2 * many):
+        owner = "many" if number < many else str(number)
+        ref = AdapterRef("v", str(number), 4)
+        scheduler.add(Sequence.of(Request(str(number), [1], Sampling(), ref, owner)))
+    assert lines(scheduler.schedule) < 30 * 2 * many
+    assert lines(lambda: scheduler.remove(scheduler.get("7"))) < 30  # type: ignore[arg-type]
+    assert scheduler.get("7") is None
 
 
 def test_a_prompt_is_computed_in_pieces_that_fit_into_a_step() -> None:
@@ -334,7 +367,7 @@ def test_who_waits_for_a_beginning_goes_on_when_that_one_is_cancelled_or_gives_w
     floor.step()
     assert floor.scheduler.running == [second]
     assert floor.scheduler.shared_tokens == 32
-    floor.scheduler._preempt(second)
+    floor.scheduler.preempt(second)
     floor.until(third, 8)
     floor.until(second, 8)
 
@@ -386,3 +419,25 @@ def test_what_was_preempted_finds_its_beginning_in_the_cache_again() -> None:
     floor.until(old, 30)
     floor.until(young, 30)
     assert floor.scheduler.shared_tokens >= KV_BLOCK
+
+
+def test_the_time_in_the_queue_ends_with_the_first_step_and_giving_way_does_not_change_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    now = 100.0
+    monkeypatch.setattr("adapterhub.base.scheduler.time.monotonic", lambda: now)
+    floor = Floor(blocks=4, max_batch=1)
+    first = floor.submit("A")
+    second = floor.submit("B")
+    now = 101.0
+    floor.step()
+    assert (first.begun, second.begun) == (101.0, math.inf)
+    now = 107.0
+    while not second.produced:
+        floor.step()
+    assert (first.begun, second.begun) == (101.0, 107.0)
+    floor.scheduler.preempt(second)
+    now = 109.0
+    floor.until(second, 8)
+    assert second.begun == 107.0
+    assert Sequence.of(second.request, 99.5).arrived == 99.5

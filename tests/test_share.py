@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -14,19 +15,21 @@ from hypothesis import strategies as st
 from adapterhub.base.share import PieceCosts, Share
 
 MOST_TOKENS = 1024
-LONGEST = 0.3  # seconds of a piece
+LONGEST = 0.45  # seconds of a pause
 STEPS, WINDOW = 2000, 400
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Seconds of a step; of a piece, which has at least one item of that many tokens; and how much both vary."""
+    """Seconds of a step; of a piece, which has at least one item of that many tokens, and can be interrupted between
+    its stages; and how much both vary."""
 
     step: float
     piece: float
     token: float
     item: int
     noise: float = 0.1
+    stages: int = 60
 
     def piece_seconds(self, tokens: int) -> float:
         return self.piece + self.token * tokens
@@ -54,8 +57,11 @@ class Day:
     random: random.Random
     steps: list[float] = field(default_factory=list)  # seconds, by themselves
     gaps: list[float] = field(default_factory=list)  # the same with the pieces before them
-    pieces: list[float] = field(default_factory=list)
+    pieces: list[float] = field(default_factory=list)  # or parts of one that was interrupted
     trained: int = 0  # tokens
+    whole: float = 0.0  # seconds of the piece under way, what is left of it, and its tokens
+    left: float = 0.0
+    size: int = 0
 
     def go_on(self, steps: int, *, first: Callable[[], bool] = lambda: False) -> Day:
         for _ in range(steps):
@@ -69,11 +75,20 @@ class Day:
         return self
 
     def train(self, tokens: int) -> float:
-        done = max(self.machine.item, tokens // self.machine.item * self.machine.item)
-        seconds = self.machine.piece_seconds(done) * self._noise()
-        self.share.trained(seconds, done)
+        """A piece, or what is left of one, until it has taken as long as it may."""
+        if not self.left:
+            self.size = max(self.machine.item, tokens // self.machine.item * self.machine.item)
+            self.whole = self.left = self.machine.piece_seconds(self.size) * self._noise()
+        stage = self.whole / self.machine.stages
+        seconds = min(self.left, math.ceil(self.share.pause_left / stage) * stage)
+        self.left -= seconds
+        if self.left > 1e-9:
+            self.share.interrupted(seconds)
+        else:
+            self.left = 0.0
+            self.share.trained(seconds, self.size, before=self.whole - seconds)
+            self.trained += self.size
         self.pieces.append(seconds)
-        self.trained += done
         return seconds
 
     @property
@@ -87,6 +102,13 @@ class Day:
 
 def day(machine: Machine, slo: float = 1.3, seed: int = 0) -> Day:
     return Day(Share(slo, MOST_TOKENS), machine, random.Random(seed))
+
+
+def train_whole(alone: Day, tokens: int) -> None:
+    """A piece to its end, with nobody there."""
+    alone.train(tokens)
+    while alone.left:
+        alone.train(tokens)
 
 
 def p95(values: list[float]) -> float:
@@ -152,16 +174,16 @@ def test_pieces_that_are_shorter_than_a_step_may_grow_come_after_every_step() ->
 
 def test_pieces_that_cannot_be_so_short_are_soon_tried_no_more() -> None:
     """Each try is a late step, which a long piece could have had."""
-    done = day(Machine(step=0.1, piece=0.0, token=1e-3, item=100)).go_on(STEPS)
-    long = [p for p in done.pieces if p > 0.15]
-    assert len(long) > 0.75 * len(done.pieces)
+    done = day(Machine(step=0.1, piece=0.0, token=1e-3, item=100, stages=1)).go_on(STEPS)
+    pauses = [gap - step for gap, step in zip(done.gaps, done.steps, strict=True) if gap > step]
+    assert len([p for p in pauses if p > 0.15]) > 0.75 * len(pauses)
 
 
 def test_after_a_piece_that_was_far_too_long_serving_is_made_up_to() -> None:
-    done = day(Machine(step=0.01, piece=0.0, token=0.03, item=100, noise=0.0)).go_on(STEPS)
+    done = day(Machine(step=0.01, piece=0.0, token=3e-3, item=1000, noise=0.0, stages=1)).go_on(STEPS)
     assert max(done.pieces) == pytest.approx(3.0)
     late = [i for i, gap in enumerate(done.gaps) if gap > 1]
-    assert min(after - before for before, after in pairwise(late)) > 190
+    assert min(after - before for before, after in pairwise(late)) > 170
 
 
 # -- when nobody asks
@@ -199,12 +221,12 @@ def test_the_sizes_of_pieces_converge_to_what_the_time_is_enough_for(machine: Ma
     alone = day(machine, seed=seed)
     costs = alone.share.costs
     for _ in range(40):
-        alone.train(costs.tokens(LONGEST))
+        train_whole(alone, costs.tokens(LONGEST))
     right = (LONGEST - machine.piece) / machine.token
     expected = max(machine.item, min(right, MOST_TOKENS))
     for _ in range(10):
         tokens = max(machine.item, costs.tokens(LONGEST))
-        alone.train(tokens)
+        train_whole(alone, tokens)
         assert 0.4 * expected <= tokens <= 1.6 * expected
         assert machine.piece_seconds(tokens) <= max(1.6 * LONGEST, machine.piece_seconds(machine.item))
 

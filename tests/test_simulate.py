@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import sys
 from collections import OrderedDict
 from pathlib import Path
@@ -21,15 +22,18 @@ from typer.testing import CliRunner
 from adapterhub.cli import app
 from adapterhub.errors import BadRequest
 from adapterhub.swap.allocator import ALIGNMENT, aligned
+from adapterhub.swap.database import Database
 from adapterhub.swap.frames import Adapter, Trace
 from adapterhub.swap.generate import RANK_BYTES, Shape, generate, zipf
 from adapterhub.swap.policies import Policy, Rules, TierRules
+from adapterhub.swap.settings import Settings
 from adapterhub.swap.simulate import Budgets, Outcome, Setting, best, blocks, share_budgets, simulate, sweep
 from adapterhub.swap.trace import Recorder
 from tests.serving import SECONDS, PeftFiles, running, small_config
 from tests.uses import use
 
 SIZE = 4 * ALIGNMENT
+POLICIES = Path(__file__).parents[1] / "docs" / "policies.md"
 
 
 def trace_of(picks: list[int], sizes: list[int] | None = None) -> Trace:
@@ -215,6 +219,25 @@ def test_every_policy_is_replayed_under_every_pair_of_budgets() -> None:
     assert sum(result["best"] for result in told["results"]) == 4
 
 
+@pytest.mark.parametrize(("title", "ranks"), [("Ranks mixed", "8,16,32,64"), ("The same, all of rank 16", "16")])
+def test_the_tables_in_the_docs_are_what_the_command_that_they_name_prints(title: str, ranks: str) -> None:
+    """Of the rows, those of an eighth and a quarter, which take the least time."""
+    text = POLICIES.read_text()
+    named = re.search(r"`adapterhub policy simulate --generate zipf --adapters (\d+) --requests (\d+)`", text)
+    assert named is not None
+    table = re.findall(r"^\| (.+) \|$", text[text.index(f"**{title}") :].partition("\n\n**")[0], re.MULTILINE)
+    (_, *policies), _, *rows = [line.split(" | ") for line in table]
+    trace = generate(Shape.ZIPF, int(named[1]), int(named[2]), 1.0, [int(rank) for rank in ranks.split(",")])
+    expected = []
+    for share, part in (("1/8", 1 / 8), ("1/4", 1 / 4)):
+        [device], [ram] = share_budgets(trace, [part]), share_budgets(trace, [1 / 4])
+        cold = {policy: outcome.cold_boots_per_1000 for policy, outcome in outcomes(trace, device, ram).items()}
+        found = [f"{cold[Policy(policy)]:.1f}" for policy in policies]
+        best = min(found, key=float)
+        expected.append([share, *(f"**{value}**" if value == best else value for value in found)])
+    assert rows[2:] == expected
+
+
 def test_the_table_marks_the_best_policy_of_each_budget() -> None:
     told = call(*SMALL, "--ranks", "8,64", "--policy", "gdsf", "--policy", "lru")
     rows = [line for line in told.stdout.splitlines() if " gdsf" in line or " lru" in line]
@@ -233,6 +256,21 @@ def test_a_recorded_trace_is_replayed_with_budgets_that_suit_it(tmp_path: Path) 
     budgets = {result["device_bytes"] for result in told["results"]}
     assert min(budgets) == 256 * 7
     assert max(budgets) == told["trace"]["bytes"] // 4
+
+
+def test_a_recorded_trace_is_replayed_under_the_rules_that_the_server_has(tmp_path: Path) -> None:
+    recorder = Recorder(tmp_path / "trace")
+    for index in range(70):
+        recorder.record(use(index))
+    recorder.close()
+    options = ("--data-dir", tmp_path, "--device-bytes", "1MiB", "--ram-bytes", "1MiB", "--json")
+    cold = lambda: {r["policy"]: r["cold_boots"] for r in json.loads(call(*options).stdout)["results"]}  # noqa: E731
+    assert cold() == dict.fromkeys(Policy, 7), "there is room for all"
+    database = Database(tmp_path / "hub.db")
+    with Settings(database).saving_rules(Rules(*(TierRules(ttl_seconds=3),) * 3)):
+        pass
+    database.close()
+    assert cold() == dict.fromkeys(Policy, 70), "each is unused for longer than it may be"
 
 
 @pytest.mark.parametrize("budgets", [("--ram-bytes", "0"), ("--device-bytes", "1GiB", "--ram-bytes", "1GiB")])

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from adapterhub.errors import BadRequest, Unavailable
 from adapterhub.swap.store import Store, StoredObject
+from tests.serving import SECONDS, eventually
 from tests.test_disk import FaultyFS, failing
 
 
@@ -25,13 +27,13 @@ def test_what_is_put_comes_back_until_it_is_deleted(tmp_path: Path, content: Pat
     store = Store.open(url, "server", tmp_path / "data")
     store.create()
     assert store.list() == []
-    assert not store.get("d1", tmp_path / "back")
+    assert not store.get("d1", tmp_path / "back", 1)
     store.put("d1", content)
     store.put("d1", content)
     assert store.list() == [StoredObject("d1", 10)]
     assert store.size("d1") == 10
     assert store.size("d2") is None
-    assert store.get("d1", tmp_path / "back")
+    assert store.get("d1", tmp_path / "back", 1)
     assert (tmp_path / "back").read_bytes() == b"0123456789"
     another = Store.open(url, "another", tmp_path / "data")
     another.create()
@@ -61,7 +63,7 @@ def test_a_directory_that_is_gone_is_a_store_that_is_gone_and_not_an_empty_one(t
     (tmp_path / "there").rename(tmp_path / "elsewhere")
     asked: list[Callable[[], object]] = [
         lambda: store.put("d2", content),
-        lambda: store.get("d1", tmp_path / "back"),
+        lambda: store.get("d1", tmp_path / "back", 1),
         lambda: store.size("d1"),
         lambda: store.delete("d1"),
         store.list,
@@ -90,6 +92,50 @@ def test_what_will_not_change_is_not_tried_again(content: Path) -> None:
     with pytest.raises(Unavailable, match="PermissionError"):
         store.put("d1", content)
     assert fs.calls["put"] == 1
+
+
+@pytest.fixture
+def hanging() -> Iterator[tuple[Store, FaultyFS, threading.Event]]:
+    """A store that gives up after a moment, and whose uploads hang until the event."""
+    fs, go = FaultyFS(), threading.Event()
+    fs.fault = lambda call: go.wait(SECONDS) if call == "put" else None  # type: ignore[assignment,return-value]
+    yield Store(fs, "/b/p", pauses=(0, 0), patience=0.01), fs, go
+    go.set()
+
+
+def test_an_upload_that_hangs_is_given_up_on_and_its_object_not_deleted_as_long_as_it_may_come(
+    content: Path, hanging: tuple[Store, FaultyFS, threading.Event]
+) -> None:
+    store, fs, go = hanging
+    with pytest.raises(Unavailable, match="upload failed"):
+        store.put("d1", content)
+    assert fs.calls["put"] == 1, "another attempt would hang as well"
+    with pytest.raises(Unavailable, match="deletion failed"):
+        store.delete("d1")
+    store.delete("d2")
+    go.set()
+    eventually(lambda: store.size("d1") == 10)
+    eventually(lambda: not store._astray)
+    store.delete("d1")
+    assert store.list() == []
+
+
+def test_after_so_many_attempts_that_hang_a_store_is_asked_rarely(
+    content: Path, hanging: tuple[Store, FaultyFS, threading.Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store, fs, go = hanging
+    monkeypatch.setattr("adapterhub.swap.store.MOST_ASTRAY", 2)
+    for digest in ("d1", "d2"):
+        with pytest.raises(Unavailable):
+            store.put(digest, content)
+    store._patience = SECONDS
+    with pytest.raises(Unavailable, match="does not answer"):
+        store.put("d3", content)
+    assert fs.calls["put"] == 2
+    go.set()
+    eventually(lambda: not store._astray)
+    store.put("d3", content)
+    assert {found.digest for found in store.list()} == {"d1", "d2", "d3"}
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,9 @@ store is gone for as many as need nothing of it."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,42 @@ from transformers import PreTrainedModel
 from tests.serving import PeftFiles, Process, User, chat_lines, eventually, process, run_cli
 
 SIZES = ("--device-bytes", "8MiB", "--kv-bytes", "8MiB")
+DRIVER = """
+import os, time
+from pathlib import Path
+import fsspec
+
+ROOT = Path(os.environ["FAULTY"])
+
+def fault():
+    return (ROOT / "fault").read_text()
+
+class Faulty(fsspec.AbstractFileSystem):
+    protocol = "faulty"
+
+    def get_file(self, rpath, lpath, **options):
+        content = (ROOT / rpath).read_bytes()
+        while fault() == "hangs":
+            (ROOT / "hanging").touch()
+            time.sleep(0.05)
+        Path(lpath).write_bytes(content[:5000] if fault() == "cuts" else content)
+
+    def put_file(self, lpath, rpath, **options):
+        (ROOT / rpath).parent.mkdir(parents=True, exist_ok=True)
+        (ROOT / rpath).write_bytes(Path(lpath).read_bytes())
+
+    def info(self, path, **options):
+        nbytes = (ROOT / path).stat().st_size
+        return {"name": path, "size": nbytes + 7 if fault() == "lies" else nbytes, "type": "file"}
+
+    def ls(self, path, detail=True, **options):
+        return [self.info(f"{path}/{entry.name}") for entry in (ROOT / path).iterdir()]
+
+    def rm_file(self, path):
+        (ROOT / path).unlink()
+
+fsspec.register_implementation("faulty", Faulty)
+"""
 
 
 class Stored:
@@ -120,3 +158,52 @@ def test_a_store_that_is_gone_fails_those_who_need_it_and_them_alone(
     stored.again()
     eventually(lambda: stored.objects() == stored.files() and len(stored.objects()) == 1)
     assert stored.user.ask("mira/far") == said["far"]
+
+
+def test_a_store_that_lies_about_sizes_cuts_off_or_hangs_harms_nobody_who_needs_nothing_of_it(
+    base_directory: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    adapter: PeftFiles,
+    other_adapter: PeftFiles,
+    base_model: PreTrainedModel,
+) -> None:
+    hook, root = tmp_path / "hook", tmp_path / "faulty"
+    for directory in (hook, root):
+        directory.mkdir()
+    (hook / "sitecustomize.py").write_text(DRIVER)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(hook), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv("FAULTY", str(root))
+    store_is = (root / "fault").write_text
+    store_is("well")
+    with process(base_directory, tmp_path / "data", *SIZES, "--store", "faulty://bucket/prefix") as server:
+        stored = Stored(server, root / "bucket" / "prefix")
+        user = stored.user
+        far, near = (user.import_adapter(files, name) for name, files in (("far", adapter), ("near", other_adapter)))
+        said = {name: user.ask(f"mira/{name}") for name in ("far", "near")}
+        objects = stored.objects()
+        stored.leave_memory(far["id"], near["id"])
+        stored.leave_disk()
+        assert user.ask("mira/near") == said["near"], "it is on the disk again"
+
+        store_is("lies")
+        late = PeftFiles(base_model, tmp_path / "late", seed=3)
+        refused = user.http.post("/v1/adapters", data={"name": "late"}, files=late.upload)
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "store_unavailable")
+        assert user.ask("mira/near") == said["near"]
+
+        store_is("cuts")
+        cut_off = user.http.post("/v1/completions", json={"model": "mira/far", "prompt": [5], "max_tokens": 1})
+        assert (cut_off.status_code, cut_off.json()["error"]["code"]) == (500, "block_damaged")
+        assert user.ask("mira/near") == said["near"]
+
+        store_is("hangs")
+        with ThreadPoolExecutor(1) as thread:
+            waiting = thread.submit(user.ask, "mira/far")
+            eventually((root / "hanging").exists)
+            assert user.ask("mira/near") == said["near"]
+            assert not waiting.done()
+            store_is("well")
+            assert waiting.result() == said["far"]
+        user.import_adapter(late, "late")
+        eventually(lambda: len(stored.objects()) == len(objects) + 1)

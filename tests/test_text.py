@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import sys
+import threading
 from typing import Any
 
 import pytest
@@ -9,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders
 from tokenizers.models import BPE
+from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from adapterhub.base.embedded import EMBEDDED, base_path
@@ -65,6 +69,16 @@ def test_a_token_stands_for_its_own_bytes_also_in_the_middle_of_a_character() ->
     assert [_codec.token_bytes(t) for t in _codec.encode("😀")] != ["😀".encode()], "it takes several"
     assert len(_every) == VOCABULARY
     assert {bytes([b]) for b in b" !azAZ09\n\t"} <= _every
+
+
+def test_the_pieces_of_a_text_are_the_text_without_what_the_base_begins_it_with() -> None:
+    begun = copy.deepcopy(AutoTokenizer.from_pretrained(base_path(EMBEDDED)))
+    begun.backend_tokenizer.post_processor = TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
+    for text in ("A fox", " Füchse: 狐 🦊 ", "<|im_start|>user\n\n  a"):
+        pieces = TextCodec(begun).pieces(text)
+        assert pieces[0] == ""
+        assert "".join(pieces) == text
+        assert len(pieces) == len(TextCodec(begun).encode(text, special=True))
 
 
 def test_special_tokens_are_their_names_in_bytes_and_nothing_in_text() -> None:
@@ -130,3 +144,34 @@ def test_bytes_are_known_also_where_a_vocabulary_writes_them_by_number() -> None
     detokenizer = codec.stream()
     assert "".join(map(detokenizer.push, tokens)).strip() == "ab" + "é"
     assert codec.decode(tokens) == " abé "
+
+
+def test_others_run_while_a_long_text_is_encoded() -> None:
+    begun, ran = threading.Event(), threading.Event()
+    other = threading.Thread(target=lambda: begun.wait() and ran.set())
+    other.start()
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1000)  # from now on a thread has the interpreter until it lets go of it
+    try:
+        begun.set()
+        assert not ran.is_set()
+        _codec.encode("a few words " * 100_000)
+        assert ran.is_set()
+    finally:
+        sys.setswitchinterval(before)
+        other.join()
+
+
+def test_no_token_is_longer_than_the_longest() -> None:
+    assert _codec.longest == max(map(len, _every))
+    assert len(_codec.encode(" " * 10_000)) * _codec.longest >= 10_000
+
+
+def test_a_developer_speaks_as_the_system_where_the_template_knows_none() -> None:
+    asked = [{"role": "developer", "content": "Be brief."}, {"role": "user", "content": "Hello"}]
+    assert _codec.render(asked, reply=True) == _codec.render([{**asked[0], "role": "system"}, asked[1]], reply=True)
+    knowing = AutoTokenizer.from_pretrained(base_path(EMBEDDED))
+    knowing.chat_template = (
+        "{% for m in messages %}{% if m.role == 'developer' %}D:{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert TextCodec(knowing).render(asked, reply=True) == "D:Be brief."

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 
 from adapterhub.errors import BadRequest, BlockDamaged, Unavailable, WrongBase
 from adapterhub.swap.block import Block, block_path, write_block
+from adapterhub.swap.copies import Copies
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.hold import Hold
 from adapterhub.swap.policies import OwnerRule, Policy, Rules, TierRules
@@ -44,6 +45,7 @@ class Store:
         ram: int = 0,
         threads: int = 1,
         disk: DiskTier | None = None,
+        copies: Copies | None = None,
         **pool: Any,
     ) -> None:
         self.directory = directory
@@ -55,9 +57,10 @@ class Store:
             disk or DiskTier(directory),
             "f" * 64,
             LAYOUT,
-            ram_bytes=ram * 504,
+            ram_bytes=ram * SIZE,
             load_threads=threads,
             wake=self._news.release,
+            copies=copies,
         )
 
     def put(self, seed: int, rank: int = 6) -> AdapterRef:
@@ -107,10 +110,16 @@ class Store:
         assert hold is not None
         yield
         with pipe.open("wb"):
-            self.arrivals(1)
+            while hold.error is None:
+                self.arrivals(1)
         assert isinstance(hold.error, BlockDamaged)
         self.tiers.release(hold)
         pipe.unlink()
+
+    def fits(self, ref: AdapterRef) -> bool:
+        """If others give way that may."""
+        residency = self.tiers.contents.residency
+        return ref.nbytes <= residency.allocator.capacity - residency.device.pinned_bytes
 
     def free(self) -> int:
         return self.tiers.contents.residency.allocator.free_bytes
@@ -383,8 +392,8 @@ def test_what_leaves_the_device_is_found_in_ram_until_the_budget_is_full(tmp_pat
         store.use(c)  # b was used longest ago
         assert [store.tiers.tier_of(ref.digest) for ref in (a, b, c)] == [Tier.RAM, Tier.DISK, Tier.DEVICE]
         stats = store.tiers.stats()
-        expected = {"budget_bytes": 1008, "used_bytes": 1008, "adapters": 2, "pinned": 0, "hits": 1, "evictions": 1}
-        assert stats["ram"].items() >= {**expected, "hit_ratio": 0.25, "loads": 1}.items()
+        expected = {"budget_bytes": 2 * SIZE, "used_bytes": 2 * SIZE, "adapters": 2, "pinned": 0}
+        assert stats["ram"].items() >= {**expected, "hits": 1, "evictions": 1, "hit_ratio": 0.25, "loads": 1}.items()
         assert stats["disk"]["loads"] == 3
         assert stats["device"]["loaded_bytes"] == 3 * 504
         assert stats["device"]["evictions"] == 3
@@ -554,7 +563,7 @@ def test_a_larger_pool_keeps_everything_and_takes_more(tmp_path: Path) -> None:
 def test_ram_can_be_given_and_taken_while_it_runs(tmp_path: Path) -> None:
     with opened(tmp_path, extents=1) as store:
         a, b = store.put(1), store.put(2)
-        store.tiers.set_budgets(None, 2 * 504).result(0)
+        store.tiers.set_budgets(None, 2 * SIZE).result(0)
         assert [store.use(ref).tier for ref in (a, b, a)] == [Tier.DISK, Tier.DISK, Tier.RAM]
         store.tiers.set_budgets(None, 0).result(0)
         assert store.use(b).tier is Tier.DISK
@@ -570,6 +579,31 @@ def test_a_budget_too_small_for_what_must_stay_is_refused_and_changes_nothing(st
     assert len(store.on_device()) == 2
     store.check(hold)
     store.tiers.release(hold)
+
+
+def test_a_budget_of_which_pins_would_hold_more_than_their_share_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=6, ram=6) as store:
+        pinned, other = [store.put(seed) for seed in range(3)], store.put(9)
+        for ref in pinned:
+            store.use(ref._replace(pinned=True))
+        for device, ram in ((3 * SIZE, None), (None, 3 * SIZE)):
+            with pytest.raises(BadRequest, match=r"of which pins may hold 3/4 each\. Choose more, or unpin"):
+                store.tiers.set_budgets(device, ram)
+        store.tiers.set_budgets(4 * SIZE, 4 * SIZE).result(0)
+        store.use(other)
+        assert store.on_device() == {ref.digest for ref in (*pinned, other)}
+
+
+def test_what_pins_leave_no_room_for_is_refused_and_does_not_wait_for_ever(tmp_path: Path) -> None:
+    with opened(tmp_path, extents=4) as store:
+        pinned, large = [store.put(seed) for seed in range(3)], store.put(9, rank=12)
+        for ref in pinned:
+            store.use(ref._replace(pinned=True))
+        with pytest.raises(Unavailable, match="no room beside what is pinned") as caught:
+            store.tiers.acquire(large)
+        assert caught.value.code == "adapter_too_large"
+        store.tiers.pin(pinned[0].digest, False)
+        store.use(large)
 
 
 def test_a_change_of_budgets_waits_for_what_is_on_its_way(store: Store) -> None:
@@ -670,7 +704,7 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
         for event, number in steps:
             ref = refs[number % len(refs)]
             if event == "acquire":
-                if ref.nbytes <= tiers.contents.residency.allocator.capacity:
+                if store.fits(ref):
                     hold = tiers.acquire(ref)
                     held += [hold] if hold else []
             elif event == "fail" and (hold := tiers.acquire(AdapterRef("gone", "gone", 504))):
@@ -695,7 +729,7 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
                 tiers.expire()
             elif event == "budgets":
                 with contextlib.suppress(BadRequest):
-                    tiers.set_budgets((3 + number % 6) * SIZE, number % 4 * 504)
+                    tiers.set_budgets((3 + number % 6) * SIZE, number % 4 * SIZE)
             for hold in [hold for hold in failed if hold.error is not None]:
                 failed.remove(hold)
                 assert isinstance(hold.error, BlockDamaged)

@@ -47,6 +47,11 @@ def codec(tokenizer: Any) -> TextCodec:
 Read = Callable[..., Prepared]
 
 
+def served(codec: TextCodec, messages: Any) -> list[int]:
+    """The prompt that serving makes of a conversation."""
+    return codec.encode(codec.render(messages, reply=True))
+
+
 @pytest.fixture
 def read(codec: TextCodec, tmp_path: Path) -> Read:
     """Prepares records, or raw lines, as a training file of ten times their lines: files need ten, and what is there
@@ -108,7 +113,7 @@ def test_a_prompt_is_in_every_token_what_serving_would_send(read: Read, codec: T
     asked = [at for at, message in enumerate(messages) if message["role"] == "assistant"]
     assert len(starts) == len(asked) == 2
     for start, at in zip(starts, asked, strict=True):
-        assert example.tokens[:start] == codec.chat(messages[:at])
+        assert example.tokens[:start] == served(codec, messages[:at])
 
 
 def test_a_conversation_that_the_assistant_begins_teaches_its_words_and_not_the_template(
@@ -210,8 +215,8 @@ def test_a_template_that_rewrites_earlier_turns_teaches_each_turn_as_it_is_asked
     one, two = examples(data)
     assert learned(tokenizer, one) == ["hm</think>A cat.<|im_end|>"]
     assert learned(tokenizer, two) == ["well</think>Since May.<|im_end|>"]
-    assert one.tokens[: one.learned.index(True)] == codec.chat([ASK])
-    assert two.tokens[: two.learned.index(True)] == codec.chat([ASK, thought, ASK2])
+    assert one.tokens[: one.learned.index(True)] == served(codec, [ASK])
+    assert two.tokens[: two.learned.index(True)] == served(codec, [ASK, thought, ASK2])
     assert "hm" not in codec.decode(two.tokens), "the thought is gone by then"
 
 
@@ -228,7 +233,7 @@ def test_a_template_that_asks_differently_than_it_writes_still_teaches_when_to_s
     codec = TextCodec(changed)
     example = first(read(chat(ASK, SAY), codec=codec))
     assert learned(tokenizer, example) == ["A ship's cat.<|im_end|>"]
-    assert example.tokens[: example.learned.index(True)] == codec.chat([ASK])
+    assert example.tokens[: example.learned.index(True)] == served(codec, [ASK])
 
 
 def test_what_the_template_refuses_is_refused_with_the_line(read: Read, tokenizer: Any) -> None:
@@ -258,7 +263,7 @@ def test_both_sides_of_a_preference_begin_with_what_serving_would_send_and_teach
     [(preferred, other)] = contents(read(record, kind=Kind.DPO).train)
     assert learned(tokenizer, preferred) == ["Since May.<|im_end|>\n"]
     assert learned(tokenizer, other) == ["Who knows?<|im_end|>\n"]
-    prompt = codec.chat([SYSTEM, ASK, SAY, ASK2])
+    prompt = served(codec, [SYSTEM, ASK, SAY, ASK2])
     for side in (preferred, other):
         assert side.tokens[: side.learned.index(True)] == prompt
 
@@ -278,7 +283,7 @@ def test_preferences_of_a_template_that_rewrites_earlier_turns_are_asked_for_as_
     [pair] = contents(read(record, kind=Kind.DPO, codec=codec).train)
     assert [learned(tokenizer, side) for side in pair] == [["well</think>May.<|im_end|>"], ["June.<|im_end|>"]]
     for side in pair:
-        assert side.tokens[: side.learned.index(True)] == codec.chat([ASK, thought, ASK2])
+        assert side.tokens[: side.learned.index(True)] == served(codec, [ASK, thought, ASK2])
 
 
 def test_a_preference_between_two_that_are_the_same_or_become_so_when_cut_is_dropped(read: Read) -> None:
@@ -327,7 +332,7 @@ def test_what_is_encoded_together_is_what_each_text_is_alone(read: Read, codec: 
     assert len(found) == len(texts)
     for item, (asked, better, worse) in zip(found, texts, strict=True):
         if kind is Kind.DPO:
-            prompt = codec.chat([{"role": "user", "content": asked}])
+            prompt = served(codec, [{"role": "user", "content": asked}])
             replies = [codec.encode(f"{text}<|im_end|>\n") for text in (better, worse)]
         else:
             prompt = codec.encode(asked, special=True)
@@ -361,8 +366,8 @@ def test_a_conversation_far_longer_than_the_context_is_read_only_as_far_as_it_fi
     else:
         assert len(found) > 5
         for at, example in enumerate(found):
-            prompt = codec.chat(turns[: 2 * at + 1])
+            prompt = served(codec, turns[: 2 * at + 1])
             assert example.tokens[: len(prompt)] == prompt
             assert len(prompt) < 256
-        assert len(codec.chat(turns[: 2 * len(found) + 1])) >= 256
+        assert len(served(codec, turns[: 2 * len(found) + 1])) >= 256
     assert renders < 10 * 400

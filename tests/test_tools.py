@@ -240,7 +240,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "required without tools": ({"tools": [], "tool_choice": "required"}, "tool_choice", "no tools"),
     "named without tools": ({"tools": None, "tool_choice": named("fly")}, "tool_choice", "'fly'"),
     "two of a name": ({"tools": [HELLO_TOOL, HELLO_TOOL]}, "tools", "same name"),
-    "too many": ({"tools": [named(f"f{i}") for i in range(129)]}, "tools", "at most 128"),
+    "too many": ({"tools": [named(f"f{i}") for i in range(129)]}, "tools", "up to 128"),
     "another kind": ({"tools": [{"type": "custom", "custom": {"name": "x"}}]}, "tools.0.type", "function"),
     "name with a blank": ({"tools": [named("a b")]}, "tools.0.function.name", "pattern"),
     "parameters that are no object": (

@@ -24,9 +24,11 @@ from adapterhub.swap.block import Block
 from adapterhub.train.cotrainer import CoTrainer
 from adapterhub.train.dataset import Example, Kind
 from adapterhub.train.news import News, Progress, Started, Trained
+from adapterhub.train.packing import Forward
 from adapterhub.train.parameters import Parameters
 from adapterhub.train.plan import Plan, Schedule, target_layout
 from adapterhub.train.run import Run
+from adapterhub.train.work import Work
 from tests.tiny import (
     CPU,
     Machine,
@@ -288,6 +290,15 @@ def test_a_piece_is_a_micro_batch(lesson: Lesson) -> None:
     assert [trainer.step(10**6), trainer.step(10**6)] == [measured, 0]
 
 
+def test_the_order_of_an_epoch_is_drawn_once(lesson: Lesson, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes as long as the data are many, and serving waits for it."""
+    drawn: list[Any] = []
+    draw = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: drawn.append(seed) or draw(seed))
+    run(lesson.base, make_plan(n_epochs=3, max_steps=None, batch_size=1), make_items())
+    assert drawn == [7, (7, 0), (7, 1), (7, 2)], "and what is measured is chosen once"
+
+
 def test_progress_counts_steps_and_tokens(lesson: Lesson) -> None:
     plan, items = make_plan(), make_items()
     sizes = [sum(len(item[0].tokens) for item in batch) for batch in batches_of(items, plan, STEPS)]
@@ -339,6 +350,25 @@ def test_a_base_of_sixteen_bits_trains_a_block_of_sixteen_bits() -> None:
     assert list(peft.no_effect(block)) == []
 
 
+def test_gradients_of_a_float16_base_do_not_vanish_however_many_tokens_their_loss_is_the_mean_of() -> None:
+    narrow, wide = (gradient_of(serving_twin(tiny_model("llama").to(d)), 10**6) for d in (torch.float16, torch.float32))
+    assert (narrow - wide).norm() < 0.02 * wide.norm()
+
+
+def gradient_of(base: Base, whole: int) -> torch.Tensor:
+    """Of a loss that is the mean over so many tokens, of which these are some."""
+    parameters = Parameters(base.layout, 4, 2.0, base.dtype, base.device)
+    parameters.block.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+    parameters.refresh()
+    work, forward = Work(data_set(make_items(4)), range(4), parameters, learn=True), Forward(base)
+    work.whole = whole
+    taken = [work.take() for _ in range(4)]
+    [outcome] = forward([(parameters, [item for _, item in taken])], record=True)
+    forward.backward(work.settle([number for number, _ in taken], outcome))
+    parameters.finish_gradient(math.inf, work.whole)
+    return parameters.gradient
+
+
 def test_training_leaves_the_base_as_it_was(lesson: Lesson) -> None:
     run(lesson.base, make_plan(max_steps=2), make_items())
     for (name, found), original in zip(
@@ -368,6 +398,32 @@ def test_a_run_that_explodes_though_its_numbers_stay_finite_is_stopped_too(lesso
     assert error.code == "training_diverged"
     assert "The loss rose from" in error.message
     assert math.isfinite(losses_of(news)[-1])
+
+
+def test_a_rise_is_seen_even_if_the_first_batch_was_the_hardest() -> None:
+    """What it began with is not what the first batch has said, but what the base says to the very same examples."""
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.lm_head.weight *= 4  # so that the base is sure of what it says
+    said = [[*prompt_of(4, n), *greedy(model, prompt_of(4, n), 12)] for n in range(9)]
+    items: list[Item] = [(Example(np.array(tokens, np.int32), np.arange(len(tokens)) >= 4),) for tokens in said]
+    plan = make_plan(max_steps=60, batch_size=1, learning_rate=0.5)
+    items.insert(np.random.default_rng((plan.seed, 0)).permutation(10)[0], make_items(1)[0])
+    news = run(serving_twin(model), plan, items)
+    assert isinstance(news[-1], HubError)
+    assert "The loss rose from" in news[-1].message
+    assert losses_of(news)[0] > 10, "the first batch was the hard one"
+    assert len(losses_of(news)) < 10
+
+
+@pytest.mark.parametrize("seed", [1, 4, 5])
+def test_hard_batches_after_easy_ones_are_no_divergence(lesson: Lesson, seed: int) -> None:
+    """Old and new examples in one file: an adapter that knows half of them goes on, and has not got far yet."""
+    [known, *new] = make_items(7)
+    learned = block_of(run(lesson.base, make_plan(max_steps=60, learning_rate=2e-2, batch_size=1), [known]))
+    plan = make_plan(batch_size=1, max_steps=None, n_epochs=3, learning_rate=1e-4, seed=seed)
+    news = run(lesson.base, plan, [known] * 6 + new, initial=learned)
+    assert trained(news).step == 36
 
 
 # -- beside serving

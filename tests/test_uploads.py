@@ -131,7 +131,8 @@ def test_a_cancelled_upload_leaves_nothing(server: Server, user: User) -> None:
         ({"bytes": MAX_FILE + 1}, 413, "bytes"),
         ({"bytes": "7"}, 400, "bytes"),
         ({"purpose": "none"}, 400, "purpose"),
-        ({"expires_after": {"anchor": "created_at", "seconds": 3600}}, 400, "expires_after"),
+        ({"expires_after": {"anchor": "created_at", "seconds": 60}}, 400, "expires_after.seconds"),
+        ({"expires_after": {"seconds": 3600}}, 400, "expires_after.anchor"),
         ({"filename": None}, 400, "filename"),
     ],
 )

@@ -15,9 +15,10 @@ from typing import Any
 import openai
 import pytest
 
-from adapterhub.api.tenancy.keys import EVERYDAY, KeyStore
+from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.api.tenancy.meter import Meter
-from adapterhub.api.tenancy.usage import NONE, Asked, Counts, Group, Line, Usage, day_of
+from adapterhub.api.tenancy.terms import EVERYDAY, Group
+from adapterhub.api.tenancy.usage import NONE, Asked, Counts, Line, Usage, day_of
 from adapterhub.swap.database import Database
 from adapterhub.swap.tables import migrations as swap_tables
 from adapterhub.train.files import migrations as file_tables

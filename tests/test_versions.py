@@ -4,10 +4,7 @@ killed at any moment. Compared with a naive model of it."""
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,6 +21,7 @@ from adapterhub.swap.ref import Tier
 from adapterhub.swap.repair import inspect
 from adapterhub.swap.tables import migrations
 from adapterhub.swap.versions import Kind, Version, drawn
+from tests.killed import said_until_killed
 from tests.test_block import make_block
 from tests.test_registry import Place
 
@@ -410,7 +408,8 @@ def test_a_request_costs_one_query_by_index_and_one_more_only_where_its_name_is_
     candidate = add(place, Kind.CANDIDATE, seed=1)
     step = add(place, Kind.CHECKPOINT, seed=2, step=1)
     asked: list[str] = []
-    place.database._reader.conn.set_trace_callback(lambda sql: asked.append(sql) if "select" in sql else None)
+    [reader] = place.database._readers
+    reader.conn.set_trace_callback(lambda sql: asked.append(sql) if "select" in sql else None)
 
     def queries(name: str) -> int:
         asked.clear()
@@ -430,7 +429,7 @@ def test_a_request_costs_one_query_by_index_and_one_more_only_where_its_name_is_
     place.registry.checkpoints("mira", "ftjob-1")
     place.registry.history.of(release.adapter)
     seen += asked
-    place.database._reader.conn.set_trace_callback(None)
+    reader.conn.set_trace_callback(None)
     for sql in seen:
         details = [row["detail"] for row in place.database.rows(f"explain query plan {sql}")]
         assert not [d for d in details if d.startswith("SCAN")], (sql, details)
@@ -591,18 +590,10 @@ while True:
 
 def test_killed_at_any_moment_a_name_means_what_was_said_last_or_what_came_just_after(tmp_path: Path) -> None:
     for turn in range(4):
-        command = [sys.executable, "-c", CHANGER, str(tmp_path / "data"), str(turn)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout is not None
-        assert process.stdout.readline() == "ready\n"
-        time.sleep(0.05 + 0.13 * turn)  # the moment of the kill is what differs from run to run
-        process.kill()
-        said = process.stdout.read().splitlines()
-        process.stdout.close()
-        process.wait()
+        said = said_until_killed(CHANGER, str(tmp_path / "data"), str(turn), seconds=0.05 + 0.13 * turn)
         place = Place(tmp_path / "data")
         check(place)
-        if said and said[-1].count(" ") == 1:
+        if said:
             count = int(said[-1].split()[1])
             assert abs(len(place.registry.named("mira", "one")) - count) <= 1
         place.database.close()

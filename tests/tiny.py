@@ -267,7 +267,8 @@ class Machine:
     def forward(self, *work: Work) -> list[torch.Tensor]:
         """One forward; the logits of all tokens of each work."""
         with torch.no_grad():
-            batch = Runner(self.base, self.kv, self.tiers.pool).batch(list(work))
+            runner = Runner(self.base, self.kv, self.tiers.pool)
+            batch = runner.batch(runner.forward(list(work)))
             logits = self.base.logits(batch, torch.arange(len(batch.tokens)))
         for w in work:
             w.sequence.computed += w.tokens

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import io
 import zipfile
-from typing import Annotated, Any
+from functools import partial
+from typing import Annotated, Any, NamedTuple
 
 from fastapi import APIRouter, Form, Query, Response, UploadFile
 
-from adapterhub.api.auth import Caller, Inferring, Training
+from adapterhub.api.auth import Caller, Inferring, Principal, Training
+from adapterhub.api.body import IdempotencyKey
+from adapterhub.api.downloads import Download
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
+from adapterhub.api.tenancy.once import Asked, digest_of
 from adapterhub.config import MIB, format_bytes
 from adapterhub.errors import TooLarge
 from adapterhub.swap import peft
+from adapterhub.swap.block import Block
 from adapterhub.swap.names import check_name
 from adapterhub.swap.pins import PinnedBy
 from adapterhub.swap.versions import Version, current_of
@@ -22,27 +27,34 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 
 @router.post("")
-def import_adapter(
-    hub: TheHub, caller: Training, name: Annotated[str, Form()], config: UploadFile, weights: UploadFile
+async def import_adapter(
+    hub: TheHub,
+    caller: Training,
+    name: Annotated[str, Form()],
+    config: UploadFile,
+    weights: UploadFile,
+    idempotency_key: IdempotencyKey = None,
 ) -> dict[str, Any]:
     """Imports a PEFT adapter as the next version of `name`. `warnings` says what is odd about it."""
     check_name(name, "name")
-    parsed = peft.read_config(_read(config, MIB))
-    raw = _read(weights, hub.config.max_file_bytes)
-    block = peft.encode(parsed, raw, hub.base.layout, hub.base.fingerprint, hub.base.dtype)
-    with hub.room.taken(caller.owner, block.meta.nbytes, adapter=name):
-        version = hub.registry.publish(caller.owner, name, block, hub.base.name, "import")
-    [shown] = adapter_objects(hub, [hub.registry.adapter(caller.owner, version.adapter)])
-    idle = list(peft.no_effect(block))
-    whole = len(idle) == len(block.meta.layout.targets)
-    warnings = [f"{'All' if whole else len(idle)} of its modules change nothing: A or B is zero"] if idle else []
-    return {**shown, "warnings": warnings}
+
+    def find(identity: str) -> Imported:
+        version = hub.registry.version(caller.owner, identity)
+        return Imported(version, hub.registry.block(version))
+
+    def act() -> dict[str, Any]:
+        asked = Asked(caller.owner, "adapter", idempotency_key)
+        digest = partial(digest_of, [name], config.file, weights.file)
+        imported = hub.once.made(asked, digest, find, lambda: _import(hub, caller, name, config, weights))
+        return _imported_object(hub, imported)
+
+    return await hub.in_store(act)
 
 
 @router.get("")
 def index(
     hub: TheHub, caller: Caller, asked: TheListing, limit: Annotated[int | None, Query(ge=1, le=10_000)] = None
-) -> dict[str, Any]:
+) -> Response:
     """The caller's adapters; all of them unless there is a limit."""
     return list_adapters(hub, caller.owner, asked, limit)
 
@@ -54,8 +66,9 @@ def retrieve(hub: TheHub, caller: Caller, adapter_id: str) -> dict[str, Any]:
 
 
 @router.get("/{adapter_id}/download")
-def download(hub: TheHub, caller: Caller, adapter_id: str) -> Response:
-    return zip_of_current(hub, hub.registry.adapter(caller.owner, adapter_id))
+async def download(hub: TheHub, caller: Caller, adapter_id: str) -> Response:
+    zipped = await hub.in_store(lambda: zip_of_current(hub, hub.registry.adapter(caller.owner, adapter_id)))
+    return Download(hub, caller, zipped)
 
 
 @router.delete("/{adapter_id}")
@@ -90,6 +103,32 @@ def prefetch(hub: TheHub, caller: Inferring, adapter_id: str) -> dict[str, Any]:
             hub.engine.prefetch(version.ref)
     [shown] = adapter_objects(hub, [versions])
     return shown
+
+
+class Imported(NamedTuple):
+    version: Version
+    block: Block
+
+    @property
+    def id(self) -> str:
+        return self.version.id
+
+
+def _import(hub: Hub, caller: Principal, name: str, config: UploadFile, weights: UploadFile) -> Imported:
+    parsed = peft.read_config(_read(config, MIB))
+    raw = _read(weights, hub.config.max_file_bytes)
+    block = peft.encode(parsed, raw, hub.base.layout, hub.base.fingerprint, hub.base.dtype)
+    with hub.room.taken(caller.owner, block.meta.nbytes, adapter=name):
+        return Imported(hub.registry.publish(caller.owner, name, block, hub.base.name, "import"), block)
+
+
+def _imported_object(hub: Hub, imported: Imported) -> dict[str, Any]:
+    version, block = imported
+    [shown] = adapter_objects(hub, [hub.registry.adapter(version.owner, version.adapter)])
+    idle = list(peft.no_effect(block))
+    whole = len(idle) == len(block.meta.layout.targets)
+    warnings = [f"{'All' if whole else len(idle)} of its modules change nothing: A or B is zero"] if idle else []
+    return {**shown, "warnings": warnings}
 
 
 def zip_of_current(hub: Hub, versions: list[Version]) -> Response:

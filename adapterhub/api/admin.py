@@ -6,10 +6,12 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Query, Response
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from adapterhub.api.adapters import zip_of_current
 from adapterhub.api.auth import Admin
+from adapterhub.api.body import Strict
+from adapterhub.api.downloads import Download
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import TheListing, adapter_objects, list_adapters
 from adapterhub.config import MIB
@@ -24,12 +26,6 @@ _MOST_BYTES = 2**30 * MIB
 Budget = Annotated[int | None, Field(ge=0, le=_MOST_BYTES, strict=True)]
 
 
-class Strict(BaseModel):
-    """A body in which a field that nobody knows is an error: it would not do what its author meant."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class BudgetsBody(Strict):
     device_bytes: Budget = None
     ram_bytes: Budget = None
@@ -37,7 +33,7 @@ class BudgetsBody(Strict):
 
 
 class EvictBody(Strict):
-    tier: Literal["device", "ram"] | None = None
+    tier: Literal["device", "ram", "disk"] | None = None
 
 
 # -- tiers and rules
@@ -45,15 +41,18 @@ class EvictBody(Strict):
 
 @router.get("/tiers")
 def tiers(hub: TheHub, caller: Admin) -> dict[str, Any]:
-    """Budgets and use of each tier, and the engine's load."""
+    """Budgets and use of each tier, and the load: of all devices together, and of each."""
     base = {"name": hub.base.name, "fingerprint": hub.base.fingerprint, "bytes": hub.base.nbytes}
     stats = hub.engine.stats().result()
-    return {"base": {**base, "device": str(hub.base.device)}, **stats, "trace": hub.trace.stats()}
+    hardware = hub.devices.look()
+    devices = [{**device, "hardware": hardware[device["device"]].json} for device in stats["devices"]]
+    return {"base": {**base, "device": str(hub.base.device)}, **stats, "devices": devices, "trace": hub.trace.stats()}
 
 
 @router.patch("/tiers")
 def set_budgets(hub: TheHub, caller: Admin, body: BudgetsBody) -> dict[str, Any]:
-    """Changes budgets while requests run, and for the next start. What no longer fits is evicted."""
+    """Changes budgets while requests run, and for the next start. What no longer fits is evicted. Those of device and
+    RAM are each device's."""
     if body == BudgetsBody():
         raise BadRequest(f"Give at least one of {', '.join(BudgetsBody.model_fields)}.")
     hub.steering.set_budgets(body.device_bytes, body.ram_bytes, body.disk_bytes)
@@ -105,7 +104,7 @@ def adapters(
     asked: TheListing,
     owner: str | None = None,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
-) -> dict[str, Any]:
+) -> Response:
     """Every owner's adapters, or one owner's."""
     return list_adapters(hub, owner, asked, limit)
 
@@ -117,8 +116,9 @@ def retrieve(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
 
 
 @router.get("/adapters/{adapter_id}/download")
-def download(hub: TheHub, caller: Admin, adapter_id: str) -> Response:
-    return zip_of_current(hub, hub.registry.adapter(None, adapter_id))
+async def download(hub: TheHub, caller: Admin, adapter_id: str) -> Response:
+    zipped = await hub.in_store(lambda: zip_of_current(hub, hub.registry.adapter(None, adapter_id)))
+    return Download(hub, caller, zipped)
 
 
 @router.delete("/adapters/{adapter_id}")
@@ -144,8 +144,14 @@ def unpin(hub: TheHub, caller: Admin, adapter_id: str) -> dict[str, Any]:
 
 @router.post("/adapters/{adapter_id}/evict")
 def evict(hub: TheHub, caller: Admin, adapter_id: str, body: EvictBody | None = None) -> dict[str, Any]:
-    """Takes all versions of an adapter off the device, out of RAM, or both. Those in use follow when their requests
-    end."""
+    """Takes all versions of an adapter off the device, out of RAM, or both, or off a disk that is a cache of a store.
+    Those in use follow when their requests end; of the disk, they stay."""
     tier = Tier(body.tier) if body and body.tier else None
-    gone = [hub.engine.evict(v.digest, tier).result() for v in hub.registry.adapter(None, adapter_id)]
+    digests = {version.digest for version in hub.registry.adapter(None, adapter_id)}
+    if tier is Tier.DISK:
+        if hub.disk.store is None:
+            raise BadRequest("There is no object store: what leaves the disk would be lost.", param="tier")
+        gone = [hub.disk.files.evict_file(digest) for digest in digests]
+    else:
+        gone = [asked.result() for asked in [hub.engine.evict(digest, tier) for digest in digests]]
     return {"id": adapter_id, "object": "adapter", "evicted": all(gone), "in_use": gone.count(False)}

@@ -33,6 +33,7 @@ from adapterhub.api.envelope import Envelope, error_response
 from adapterhub.api.gate import Gate
 from adapterhub.api.hub import opened
 from adapterhub.api.openapi import document
+from adapterhub.api.tools import AllowedTools, NamedTool
 from adapterhub.base.model import Base
 from adapterhub.config import MIB, Config
 from adapterhub.errors import (
@@ -43,15 +44,18 @@ from adapterhub.errors import (
 )
 
 log = logging.getLogger(__name__)
+# in the place of an error, which of several types a value was taken for
+_KINDS = {"str", "constrained-str", NamedTool.__name__, AllowedTools.__name__}
 UPLOADS = re.compile("/v1/(files|adapters|uploads/[^/]+/parts)")
 
 
-def create_app(config: Config, base: Base) -> FastAPI:
-    """The server for one base; its hub opens when the application starts, and closes when it ends."""
+def create_app(config: Config, *bases: Base) -> FastAPI:
+    """The server for one base, given once for each device; its hub opens when the application starts, and closes when
+    it ends."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        async with opened(config, base) as hub:
+        async with opened(config, *bases) as hub:
             app.state.hub = hub
             yield
 
@@ -94,10 +98,13 @@ async def _on_invalid(_: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return error_response(BadRequest(f"The body is not valid JSON: {first['ctx']['error']}.", code="invalid_json"))
-    # of a field that can be one of several types, what is wrong with the one that fits best
-    best = max((e for e in error.errors() if e["loc"][:2] == first["loc"][:2]), key=lambda e: len(e["loc"]))
+    # of a field that can be one of several types, what is wrong with the one that fits best; of equals, what we say
+    best = max(
+        (e for e in error.errors() if e["loc"][:2] == first["loc"][:2]),
+        key=lambda e: (len(e["loc"]), e["type"] == "value_error"),
+    )
     where = [str(part) for part in best["loc"][1:]]
-    name = ".".join(p for p in where if p not in ("str", "constrained-str") and "[" not in p)[:200]  # less the type
+    name = ".".join(p for p in where if p not in _KINDS and "[" not in p)[:200]
     reason = best["msg"].removeprefix("Value error, ")
     return error_response(BadRequest(f"{name or 'The body'}: {reason}.", param=name or None))
 

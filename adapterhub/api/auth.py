@@ -10,7 +10,8 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from adapterhub.api.loopback import check_local
-from adapterhub.api.tenancy.keys import Scope, State
+from adapterhub.api.tenancy.keys import State
+from adapterhub.api.tenancy.terms import Scope
 from adapterhub.errors import Forbidden, Unauthorized
 
 
@@ -52,7 +53,8 @@ def principal(request: Request) -> Principal:
             f"This API key expired at {when:%Y-%m-%d %H:%M:%S} UTC. Ask the operator for a new one.",
             code="api_key_expired",
         )
-    hub.keys.note_use(key.id)
+    if hub.keys.note_use(key):
+        hub.expect(key.owner)
     return Principal(key.owner, key.id, key.project, key.scopes)
 
 

@@ -10,11 +10,13 @@ from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
 from adapterhub.api.auth import Inferring
+from adapterhub.api.body import AtMost
 from adapterhub.api.calls import CallReader
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, longest_answer
+from adapterhub.api.fields import GenerationRequest, longest_answer, tokens_of
+from adapterhub.api.generation import Generation, Piece
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import choose_model
 from adapterhub.api.streaming import Form, Json, respond
@@ -23,9 +25,18 @@ from adapterhub.api.tools import MAX_TOOLS, Choice, FunctionTool, Toolbox
 from adapterhub.base.grammar import Grammar
 from adapterhub.base.request import Token
 from adapterhub.base.text import TextCodec
+from adapterhub.base.tools import Message
 from adapterhub.errors import BadRequest
 
 router = APIRouter(prefix="/v1/chat", tags=["inference"])
+MAX_MESSAGES = 2048
+MAX_PARTS = 4096  # of contents, and calls, in all messages together
+
+_UNSUPPORTED = {  # fields of a message, and what to send instead
+    "refusal": "Send its text as the content.",
+    "function_call": "Send it in tool_calls.",
+    "audio": "Send what was said as the content.",
+}
 
 
 class ContentPart(BaseModel):
@@ -54,14 +65,21 @@ class ToolCall(BaseModel):
 
 class ChatMessage(BaseModel):
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[ContentPart] | None = None
-    tool_calls: list[ToolCall] | None = None
+    content: str | Annotated[list[ContentPart], AtMost(MAX_PARTS)] | None = None
+    tool_calls: Annotated[list[ToolCall], AtMost(MAX_PARTS)] | None = None
     tool_call_id: str | None = None
+    refusal: str | None = None
+    function_call: dict[str, Any] | None = None
+    audio: dict[str, Any] | None = None
 
     def plain(self, at: int, called: set[str]) -> dict[str, Any]:
         """As a chat template reads it. `called`: the ids of calls so far. Raises BadRequest for what is not text, and
         for results of what was not called."""
         where = f"messages.{at}"
+        for name, advice in _UNSUPPORTED.items():
+            if getattr(self, name):
+                message = f"{where}.{name} is not supported. {advice}"
+                raise BadRequest(message, param=f"{where}.{name}", code="unsupported_parameter")
         if self.tool_calls and self.role != "assistant":
             raise BadRequest(f"{where} is the {self.role}'s; only the assistant calls tools.", param=where)
         if self.role == "tool" and self.tool_call_id not in called:
@@ -82,17 +100,28 @@ class ChatMessage(BaseModel):
             return self.content or ""
         other = [part.type for part in self.content if part.type != "text" or part.text is None]
         if other:
-            raise BadRequest(f"{where} has a {other[0]!r} part; only text is supported by this base.", param=where)
+            kind = other[0][:80]
+            raise BadRequest(f"{where} has a part of type {kind!r}; only text is supported by this base.", param=where)
         return "".join(part.text or "" for part in self.content)
 
 
+def _few_parts(messages: Any) -> Any:
+    """A before-validator: of messages that have few parts each, too."""
+    if isinstance(messages, list):
+        lists = [m.get(name) for m in messages if isinstance(m, dict) for name in ("content", "tool_calls")]
+        parts = sum(len(each) for each in lists if isinstance(each, list))
+        if parts > MAX_PARTS:
+            raise ValueError(f"they have {parts} parts and calls together; up to {MAX_PARTS} are supported")
+    return messages
+
+
 class ChatRequest(GenerationRequest):
-    messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1), AtMost(MAX_MESSAGES), BeforeValidator(_few_parts)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: ResponseFormat | None = None
-    tools: Annotated[list[FunctionTool], Field(max_length=MAX_TOOLS)] | None = None
+    tools: Annotated[list[FunctionTool], AtMost(MAX_TOOLS)] | None = None
     tool_choice: Choice | None = None
     parallel_tool_calls: bool | None = None
     functions: list[Any] | None = None
@@ -101,7 +130,9 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: str | None = None
     verbosity: str | None = None
     store: bool | None = None
-    modalities: list[str] | None = None
+    service_tier: str | None = None
+    moderation: dict[str, Any] | None = None
+    modalities: Annotated[list[str], AtMost(16)] | None = None
     audio: dict[str, Any] | None = None
 
     def check_chat(self, hub: Hub) -> None:
@@ -115,6 +146,8 @@ class ChatRequest(GenerationRequest):
             reasoning_effort=self.reasoning_effort not in (None, "none"),
             verbosity=self.verbosity not in (None, "medium"),
             store=self.store,
+            service_tier=self.service_tier not in (None, "auto", "default"),
+            moderation=self.moderation is not None,
             modalities=self.modalities not in (None, ["text"]),
             audio=self.audio,
         )
@@ -128,7 +161,7 @@ async def create(hub: TheHub, caller: Inferring, body: ChatRequest, request: Req
     messages = [message.plain(at, called) for at, message in enumerate(body.messages)]
     toolbox = Toolbox(body.tools or [], body.tool_choice, body.parallel_tool_calls)
     grammar = await _grammar(hub, caller.owner, toolbox, body.response_format)
-    prompt = await asyncio.to_thread(hub.codec.chat, messages, toolbox.told)
+    prompt = await asyncio.to_thread(_prompt, hub, messages, toolbox)
     most = longest_answer(hub, len(prompt), body.max_completion_tokens or body.max_tokens)
     plan = body.sampling(most, (body.top_logprobs or 0) if body.logprobs else None)
     generation = Generation(hub, caller, model, [prompt], body, plan, grammar)
@@ -136,6 +169,10 @@ async def create(hub: TheHub, caller: Inferring, body: ChatRequest, request: Req
     if toolbox.any:
         form = _form_with_calls(hub.codec, json_answer=answer_part(body.response_format) is not None)
     return await respond(request, body, generation, form)
+
+
+def _prompt(hub: Hub, messages: list[Message], toolbox: Toolbox) -> list[int]:
+    return tokens_of(hub, hub.codec.render(messages, reply=True, tools=toolbox.told), "messages")
 
 
 async def _grammar(hub: Hub, owner: str, toolbox: Toolbox, form: ResponseFormat | None) -> Grammar | None:

@@ -8,7 +8,8 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 
 from fastapi import Request, Response
 from starlette.datastructures import Headers
@@ -26,6 +27,7 @@ log = logging.getLogger(__name__)
 MAX_BODY = 8 * MIB  # of anything that is not an upload
 REQUEST_ID = "adapterhub.request_id"  # in a request's scope
 UNGUARDED = ("/healthz", "/readyz", "/metrics")  # asked about a server that stops, too
+_AT_ONCE = 64 * 1024  # bytes of JSON that take a few milliseconds to check, whatever is in them
 _SLOWEST = 4096  # bytes of a body that must come each second, after a while
 _SECURITY = (
     (b"x-content-type-options", b"nosniff"),
@@ -106,27 +108,35 @@ class Envelope:
             await self.app(scope, receive, send)
             return
         try:
-            with self.gate.passed():
-                await self.app(scope, self._limited(scope, receive), send)
+            with self.gate.passed(), ExitStack() as while_under_way:
+                await self.app(scope, self._limited(scope, receive, while_under_way), send)
         except Stopping as error:
             await error_response(error)(scope, receive, send)
 
-    def _limited(self, scope: Scope, receive: Receive) -> Receive:
+    def _limited(self, scope: Scope, receive: Receive, while_under_way: ExitStack) -> Receive:
         headers = Headers(scope=scope)
-        limit = self.max_upload if self.uploads.fullmatch(scope["path"]) else MAX_BODY
+        is_upload = self.uploads.fullmatch(scope["path"]) is not None
+        limit = self.max_upload if is_upload else MAX_BODY
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
         is_json = kind == "application/json" or kind.endswith("+json")
         chunks: list[bytes] = []
         begun, received, more = 0.0, 0, True
+        arrives: Callable[[int], None] | None = None  # is told what was not announced
 
         def begin() -> None:
-            nonlocal begun
-            principal(Request(scope))
+            nonlocal begun, arrives
+            caller = principal(Request(scope))
             begun = time.monotonic()
             if (encoding := headers.get("content-encoding", "identity").lower()) != "identity":
                 raise UnknownEncoding(f"Bodies are taken as they are, not with Content-Encoding {encoding[:80]!r}.")
             if (announced := headers.get("content-length", "")).isdecimal() and int(announced) > limit:
                 raise _too_large(limit)
+            if is_upload:
+                tell = while_under_way.enter_context(scope["app"].state.hub.room.arriving(caller.owner))
+                if announced.isdecimal():
+                    tell(int(announced))
+                else:
+                    arrives = tell
 
         async def limited() -> Message:
             nonlocal received, more
@@ -144,9 +154,13 @@ class Envelope:
             more = message.get("more_body", False)
             if received > limit:
                 raise _too_large(limit)
+            if arrives is not None:
+                arrives(len(body))
             if is_json:
                 chunks.append(body)
-                if not more and received:
+                if not more and received > _AT_ONCE:
+                    await asyncio.to_thread(check_json, b"".join(chunks))
+                elif not more and received:
                     check_json(b"".join(chunks))
             return message
 

@@ -47,6 +47,7 @@ class Eraser:
             Step("kv_blocks", lambda owner: hub.engine.erase(owner).result()),
             Step("grammars", hub.grammars.erase),
             Step("uses", hub.trace.erase),
+            Step("once", hub.once.erase),
             Step("usage", self._usage),
             Step("rules", self._rules),
         ]
@@ -123,9 +124,9 @@ class Eraser:
 
     def _adapters(self, owner: str) -> None:
         gone = self._hub.registry.erase(owner)
-        for version in gone:
-            self._hub.engine.evict(version.digest).result()
-        self._hub.uses.forget(version.id for version in gone)
+        for asked in [self._hub.engine.evict(version.digest) for version in gone]:
+            asked.result()
+        self._hub.uses.forget(owner, {version.id for version in gone})
 
     def _files(self, owner: str) -> None:
         self._hub.files.erase(owner)

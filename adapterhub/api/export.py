@@ -2,6 +2,7 @@
 
 - `account.json`: keys, without their secrets, and quotas;
 - `files.json`, and `files/` with each file under its id and name;
+- `uploads.json`, and `uploads/<id>/` with the parts of each upload that has not been completed;
 - `jobs/<id>/`: a job, and its events, the newest first;
 - `adapters.json`, and `adapters/<name>/<version>/`, each a PEFT directory;
 - `usage.csv`: by day, project, key and adapter;
@@ -22,7 +23,9 @@ from adapterhub.api.hub import Hub
 from adapterhub.api.jobs import event_object, job_object
 from adapterhub.api.keys import key_object
 from adapterhub.api.listing import adapter_objects
-from adapterhub.api.tenancy.usage import Asked, Group
+from adapterhub.api.tenancy.terms import Group
+from adapterhub.api.tenancy.usage import Asked
+from adapterhub.api.uploads import upload_object
 from adapterhub.api.usage import usage_csv
 from adapterhub.config import MIB
 from adapterhub.errors import HubError
@@ -51,6 +54,7 @@ class _Export:
 
     def files(self) -> Files:
         yield "account.json", _json(self._account())
+        yield from self._stored_files()
         yield from self._uploads()
         yield from self._jobs()
         yield from self._adapters()
@@ -63,12 +67,19 @@ class _Export:
         keys = [key_object(key) for key in self._hub.keys.list(self._owner)]
         return {"owner": self._owner, "keys": keys, "quotas": self._hub.quotas.given().get(self._owner, {})}
 
-    def _uploads(self) -> Files:
+    def _stored_files(self) -> Files:
         stored = list(_all(lambda after: self._hub.files.page(self._owner, after, _PAGE)))
         yield "files.json", _json([file_object(file) for file in stored])
         for file in stored:
             name = file.filename[-_NAME_LETTERS:]  # its end says what it is
             yield f"files/{file.id}-{name}", self._content(file.id, self._hub.files.path(file.id))
+
+    def _uploads(self) -> Files:
+        pending = self._hub.uploads.pending(self._owner)
+        yield "uploads.json", _json([upload_object(self._hub, upload) for upload, _ in pending])
+        for upload, parts in pending:
+            for part, path in parts.items():
+                yield f"uploads/{upload.id}/{part}", self._content(part, path)
 
     def _content(self, what: str, path: Path) -> Iterator[bytes]:
         try:

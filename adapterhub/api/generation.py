@@ -5,92 +5,30 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, NamedTuple, TypeVar
+from statistics import fmean
+from typing import Any, NamedTuple, TypeVar
 
 from fastapi import Request
-from pydantic import BaseModel, Field
 
 from adapterhub.api.auth import Principal
-from adapterhub.api.body import Body
+from adapterhub.api.echo import Echo
+from adapterhub.api.fields import GenerationRequest
 from adapterhub.api.hub import Hub
 from adapterhub.api.models import Model, choose_model
 from adapterhub.api.passage import Passage
+from adapterhub.api.stops import StopStrings
 from adapterhub.api.tenancy.rates import USUAL_ANSWER, Admission
 from adapterhub.api.tenancy.usage import Counts
 from adapterhub.base.grammar import Grammar
 from adapterhub.base.request import Origin, Sampling, Token
 from adapterhub.base.request import Request as EngineRequest
-from adapterhub.errors import BadRequest, BlockDamaged
+from adapterhub.errors import BlockDamaged
 from adapterhub.swap.ref import Tier
 
 Result = TypeVar("Result")
-MAX_STOPS = 4
-Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-TokenId = Annotated[int, Field(ge=0)]
-Bias = Annotated[float, Field(ge=-100, le=100)]
-
-
-class StreamOptions(BaseModel):
-    include_usage: bool = False
-
-
-class GenerationRequest(Body):
-    """What chat and plain completions share. `ignore_eos` and `min_tokens` are vLLM's, for load generators."""
-
-    model: str
-    user: str | None = None
-    stream: bool = False
-    stream_options: StreamOptions | None = None
-    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: Stop | list[Stop] | None = None
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31)] = 0
-    ignore_eos: bool = False
-    n: Annotated[int, Field(ge=1, le=16)] | None = None
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    presence_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
-    logit_bias: Annotated[dict[TokenId, Bias], Field(max_length=1024)] | None = None
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-    @property
-    def wants_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
-    def check(self, hub: Hub, **unsupported: Any) -> None:
-        """Raises BadRequest for what cannot be done. `unsupported`: fields that must not ask for anything."""
-        if len(self.stops) > MAX_STOPS:
-            raise BadRequest(f"stop: {len(self.stops)} strings; up to {MAX_STOPS} are supported.", param="stop")
-        if self.stream_options is not None and not self.stream:
-            raise BadRequest("stream_options needs stream=true.", param="stream_options")
-        known = hub.codec.vocabulary
-        if any(token >= known for token in self.logit_bias or ()):
-            raise BadRequest(f"logit_bias names tokens that the base, with {known}, does not have.", param="logit_bias")
-        for name, value in unsupported.items():
-            if value:
-                message = f"{name} is not supported yet. Leave it out."
-                raise BadRequest(message, param=name, code="unsupported_parameter")
-
-    def sampling(self, max_tokens: int, logprobs: int | None) -> Sampling:
-        return Sampling(
-            temperature=1.0 if self.temperature is None else self.temperature,
-            top_p=1.0 if self.top_p is None else self.top_p,
-            seed=self.seed,
-            max_tokens=max_tokens,
-            min_tokens=self.min_tokens,
-            ignore_eos=self.ignore_eos,
-            frequency_penalty=self.frequency_penalty or 0.0,
-            presence_penalty=self.presence_penalty or 0.0,
-            logit_bias=self.logit_bias or {},
-            logprobs=logprobs,
-        )
 
 
 class Said(NamedTuple):
@@ -111,36 +49,6 @@ class Piece:
     tokens: tuple[Said, ...] = ()
 
 
-class StopStrings:
-    """Ends a text before the first of `stops`, and holds back what may still become one."""
-
-    def __init__(self, stops: list[str]) -> None:
-        self._stops = stops
-        self._held = ""
-        self.length = 0  # characters so far, with those that are held back
-        self.hit = False
-
-    def push(self, text: str, *, last: bool = False) -> str:
-        """What of the text so far can be shown now; all of it when nothing can come after the `last`."""
-        self._held += text
-        self.length += len(text)
-        found = [at for at in (self._held.find(stop) for stop in self._stops) if at >= 0]
-        self.hit = bool(found)
-        keep = 0 if last else max((self._overlap(stop) for stop in self._stops), default=0)
-        end = min(found) if found else len(self._held) - keep
-        shown, self._held = self._held[:end], self._held[end:]
-        return shown
-
-    def shows(self, offset: int) -> bool:
-        """Whether what comes after so many characters was shown, or would be if there were any."""
-        return not self._held or offset < self.length - len(self._held)
-
-    def _overlap(self, stop: str) -> int:
-        """How much of the end of the held text is a beginning of `stop`."""
-        longest = min(len(stop) - 1, len(self._held))
-        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
-
-
 class Generation:
     """The answers to one request: one for each prompt and choice, all under way at once.
 
@@ -157,16 +65,26 @@ class Generation:
         request: GenerationRequest,
         plan: Sampling,
         grammar: Grammar | None = None,
+        *,
+        echoes: list[Echo] | None = None,
+        best_of: int | None = None,
     ) -> None:
+        """`echoes`: what the answers to each prompt begin with. `best_of`: so many answers are made for each prompt,
+        and those told whose tokens were likeliest, for which the plan must ask for log probabilities."""
         self.id = secrets.token_hex(12)
         self.model = model
         self.prompt_tokens = sum(map(len, prompts))
         self._hub, self._caller, self._user, self._stops = hub, caller, request.user, request.stops
-        self._prompts, self._plan, self._each, self._grammar = prompts, plan, request.n or 1, grammar
+        self._prompts, self._plan, self._grammar, self._echoes = prompts, plan, grammar, echoes
+        self._told = request.n or 1
+        self._each = best_of or self._told
         self.choices = len(prompts) * self._each
+        self._likelihoods: list[list[float]] = []  # of each answer's tokens, where they were asked for
         self.origin: Origin | None = None
         self.completion_tokens = 0
+        self._cached: dict[int, int] = {}  # tokens of each prompt that the KV cache had before any answer to it
         self._admission: Admission | None = None
+        self._left = False  # by a client that did not wait for the first token
         self._answers: list[AsyncGenerator[Piece]] = []
         self._first: list[Piece] = []
         self._next: dict[asyncio.Future[Piece], int] = {}  # what is awaited of which answer
@@ -186,13 +104,15 @@ class Generation:
                         raise
                     # it was deleted while the request waited for it: the name means another one now, or is unknown
                     self.model = choose_model(self._hub, self._caller, self.model.name, self._user)
-        except BaseException:
+        except BaseException as error:
+            self._left = isinstance(error, asyncio.CancelledError)
             await self.close()
             raise
         return True
 
     async def _start(self, attempt: int) -> None:
-        self.origin, self.completion_tokens = None, 0
+        self.origin, self.completion_tokens, self._cached = None, 0, {}
+        self._likelihoods = [[] for _ in range(self.choices)]
         self._answers = [self._answer(index, f"{self.id}-{attempt}-{index}") for index in range(self.choices)]
         try:
             for index in range(len(self._answers)):
@@ -220,7 +140,7 @@ class Generation:
                     self._await(index)
 
     async def whole(self) -> list[Piece]:
-        """Each answer in one piece, in order."""
+        """Each answer in one piece, in order; of `best_of` the best."""
         try:
             await self.started()
             parts: list[list[Piece]] = [[] for _ in self._answers]
@@ -230,12 +150,22 @@ class Generation:
             await self.close()
         return [
             Piece(i, "".join(p.text for p in part), part[-1].finish, tuple(t for p in part for t in p.tokens))
-            for i, part in enumerate(parts)
+            for i, part in enumerate(parts[best] for best in self._best())
         ]
+
+    def _best(self) -> Iterator[int]:
+        """Which answers are told: for each prompt, those with the highest log probability per token, of equals the
+        first."""
+        for first in range(0, self.choices, self._each):
+            answers: Iterable[int] = range(first, first + self._each)
+            if self._each > self._told:
+                answers = sorted(answers, key=lambda i: fmean(self._likelihoods[i]), reverse=True)
+            yield from itertools.islice(answers, self._told)
 
     async def close(self) -> None:
         """Stops the engine's work on answers that nobody waits for, and counts what was used: a request from its first
-        token on, and so nothing of one that failed before."""
+        token on, and so nothing of one that failed before. Of its tokens per minute, one that was left then has used
+        its prompt."""
         try:
             await self._cancel()
         finally:
@@ -244,8 +174,9 @@ class Generation:
                 self._admission = None
 
     def _count(self, admission: Admission) -> None:
-        used = Counts(1, self.prompt_tokens, self.completion_tokens) if self.completion_tokens else Counts()
-        self._hub.rates.settle(admission, used.input_tokens + used.output_tokens)
+        used = Counts(1, self.prompt_tokens, self.completion_tokens) if self.origin is not None else Counts()
+        left = self.prompt_tokens if self._left else 0
+        self._hub.rates.settle(admission, used.input_tokens + used.output_tokens or left)
         if used.requests:
             version, origin = self.model.version, self.origin
             cold = version is not None and origin is not None and origin.tier is not Tier.DEVICE
@@ -272,12 +203,13 @@ class Generation:
         }
 
     @property
-    def usage(self) -> dict[str, int]:
+    def usage(self) -> dict[str, Any]:
         total = self.prompt_tokens + self.completion_tokens
         return {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": total,
+            "prompt_tokens_details": {"cached_tokens": sum(self._cached.values())},
         }
 
     def _await(self, index: int) -> None:
@@ -287,21 +219,32 @@ class Generation:
         prompt, plan, version = self._prompts[index // self._each], self._plan, self.model.version
         sampling = replace(plan, seed=None if plan.seed is None else plan.seed + index % self._each)
         adapter = version.ref if version else None
+        echo = self._echoes[index // self._each] if self._echoes else Echo("", [])
         text, stopped = self._hub.codec.stream(prompt), StopStrings(self._stops)
         held: list[Said] = []  # a token is told with its text, and not at all where that belongs to a stop string
         request = EngineRequest(identity, prompt, sampling, adapter, self._caller.owner, self._grammar)
         with Passage(self._hub.metrics, self._hub.tracing.tracer, len(prompt)) as passage:
             async with aclosing(self._hub.run(request, self._caller.key)) as outputs:
                 async for output in outputs:
-                    passage.token(output.origin)
+                    passage.heard(output)
                     self.origin = self.origin or output.origin
-                    self.completion_tokens += 1
+                    if output.token is not None:
+                        self.completion_tokens += 1
+                        if output.token.logprob is not None:
+                            self._likelihoods[index].append(output.token.logprob)
                     says = output.token if output.finish != "stop" else None
                     if says and sampling.logprobs is not None:
-                        held.append(Said(says, stopped.length))
+                        held.append(Said(says, len(echo.text) + stopped.length))
                     shown = stopped.push(text.push(says.id) if says else "", last=output.last)
-                    told = tuple(said for said in held if stopped.shows(said.offset))
+                    told = tuple(said for said in held if stopped.shows(said.offset - len(echo.text)))
                     held = held[len(told) :]
+                    if output.origin is not None:  # it is the first
+                        which, found = index // self._each, output.origin.cached_tokens
+                        self._cached[which] = min(found, self._cached.get(which, found))
+                        shown = echo.text + shown
+                        if sampling.prompt_logprobs is not None:
+                            tokens = (Token(prompt[0]), *output.prompt)
+                            told = (*map(Said, tokens, echo.starts), *told)
                     finish = "stop" if stopped.hit else output.finish
                     if finish:
                         passage.finished(finish)
@@ -326,9 +269,3 @@ async def while_connected(request: Request, work: Awaitable[Result]) -> Result |
 async def _gone(request: Request) -> None:
     while (await request.receive())["type"] != "http.disconnect":
         pass
-
-
-def longest_answer(hub: Hub, prompt: int, asked: int | None) -> int:
-    """`asked`, or all that the context has left. Raises ContextLengthExceeded when that is nothing."""
-    hub.engine.check_length(prompt, asked or 1, "messages")
-    return asked or hub.engine.context - prompt

@@ -12,20 +12,24 @@ from contextlib import asynccontextmanager
 from typing import Annotated, TypeVar
 
 from fastapi import Depends, Request
+from fastapi.concurrency import run_in_threadpool
 
+from adapterhub.api.devices import Devices
 from adapterhub.api.erase import Eraser
 from adapterhub.api.metrics import Metrics
 from adapterhub.api.steering import Steering, with_saved
+from adapterhub.api.storing import Storing
 from adapterhub.api.tenancy.erasures import Erasures
 from adapterhub.api.tenancy.keys import KeyStore
 from adapterhub.api.tenancy.meter import Meter
+from adapterhub.api.tenancy.once import Once
 from adapterhub.api.tenancy.quotas import Limits, Quotas
 from adapterhub.api.tenancy.rates import Rates
 from adapterhub.api.tenancy.room import Room
 from adapterhub.api.tenancy.underway import Changing, Underway
 from adapterhub.api.tenancy.usage import Usage
 from adapterhub.api.tracing import Tracing
-from adapterhub.base.engine import Engine
+from adapterhub.base.fleet import Fleet
 from adapterhub.base.grammar import Grammars
 from adapterhub.base.model import Base
 from adapterhub.base.request import Output
@@ -65,14 +69,16 @@ _GRACE_SECONDS = 5.0  # for what waits for the store when the server is told to 
 
 
 class Hub:
-    """Opens the data directory and the engine on a loaded base. Raises BadRequest when another server has it open."""
+    """Opens the data directory, and an engine on each of `bases`, the same one loaded on several devices, or on one.
 
-    def __init__(self, config: Config, base: Base) -> None:
+    Raises BadRequest when another server has the directory open."""
+
+    def __init__(self, config: Config, *bases: Base) -> None:
         lock = lock_directory(config.data_dir)
         if lock is None:
             raise BadRequest(f"Another server is using {config.data_dir}. Stop it, or give --data-dir.")
         self._lock = lock
-        self.base = base
+        self.base = base = bases[0]
         self.codec = TextCodec(base.tokenizer)
         self.grammars = Grammars(base.tokenizer, base.end_tokens, base.vocabulary)
         self.database = Database(config.database)
@@ -86,9 +92,10 @@ class Hub:
         self.rates = Rates(self.database, self.quotas)
         self.room = Room(self.database, self.quotas)
         self.usage = Usage(self.database)
+        self.once = Once(self.database)
         self.files = FileStore(self.database, config.uploads_dir)
         self.uploads = UploadStore(self.database, self.files, config.parts_dir)
-        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save, self.uploads.expire))
+        self.meter = Meter(self.usage, (self.keys.save_uses, self.rates.save, self._expire, self.database.ballast.take))
         store = None
         if config.store is not None:
             store = Store.open(config.store, server_id(self.database), config.data_dir)
@@ -103,12 +110,13 @@ class Hub:
         self._loop: asyncio.AbstractEventLoop | None = None
         self.trace = Recorder(config.trace_dir)
         self.uses = Uses()
-        self.engine = Engine(base, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
-        self.metrics = Metrics(base.name, str(base.device), self.engine.stats, self._count_jobs)
+        self.engine = Fleet(bases, config, self._deliver, disk=self.disk, rules=rules, on_use=self._note_use)
+        self.devices = Devices(dict(zip(self.engine.names, (b.device for b in bases), strict=True)))
+        self.metrics = Metrics(base.name, self.devices, self.engine.stats, self._count_jobs)
         self.tracing = Tracing.from_environment()
         self.steering = Steering(self.engine, self.disk, settings)
-        self.trainer = CoTrainer(base, self.engine.wake)
-        self.engine.set_idle_work(self.trainer)
+        self.trainers = self._trainers()
+        self.storing = Storing()
         self.worker = self._worker()
         self.eraser = Eraser(self)
 
@@ -119,6 +127,7 @@ class Hub:
         if removed:
             log.info("removed %d files that an interrupted write had left", removed)
         self.operators_key = self._admin_key()
+        self.database.ballast.take()
         if self.config.metrics_port is not None:
             self.metrics.listen(self.config.metrics_port)
         self.trace.start()
@@ -141,6 +150,7 @@ class Hub:
         self.grammars.close()
         if self.mirror is not None:
             self.mirror.stop()
+        self.storing.close(2 * _GRACE_SECONDS)
         letting_go.cancel()
         self.disk.close()
         self.database.close()
@@ -181,6 +191,12 @@ class Hub:
         for request, outputs in self._streams.items():
             outputs.put_nowait(Output(request, error=Unavailable("The server is stopping. Ask again in a moment.")))
 
+    async def in_store(self, act: Callable[[], Result]) -> Result:
+        """Does what may wait for the object store, where there is one. Raises StoreUnavailable, when too many wait."""
+        if self.disk.store is None:
+            return await run_in_threadpool(act)
+        return await self.storing.run(act)
+
     def on_loop(self, act: Callable[[], Result]) -> Result:
         """Has the event loop do something, and waits for it; for other threads."""
         assert self._loop is not None
@@ -188,25 +204,61 @@ class Hub:
         self._loop.call_soon_threadsafe(settle, done, act)
         return done.result()
 
+    def expect(self, owner: str) -> None:
+        """They are back after a pause: what they used last is brought to the device before they ask for it."""
+        last = self.uses.latest(owner)
+        version = None if last is None else self.registry.current_beside(owner, last)
+        if version is not None:
+            self.engine.prefetch(version.ref)
+
     def forget(self, versions: Iterable[Version]) -> None:
         """Takes deleted versions off the device and out of RAM; what still runs on them runs to its end."""
         for version in versions:
             self.engine.evict(version.digest)
-            self.uses.forget([version.id])
+            self.uses.forget(version.owner, {version.id})
             self.meter.released(version.owner, version.name, version.nbytes, version.created_at)
 
     def pin(self, adapter: str, by: PinnedBy) -> None:
         """Keeps an adapter in memory, by its id, once it is there. Raises BadRequest when pins would hold too much."""
-        device_bytes = self.engine.stats().result()["tiers"]["device"]["budget_bytes"]
-        self.registry.pins.pin(adapter, by, device_bytes)
+        devices = [d for d in self.engine.stats().result()["devices"] if d["alive"]]
+        smallest = min(device["tiers"]["device"]["budget_bytes"] for device in devices)  # it may be on any of them
+        self.registry.pins.pin(adapter, by, smallest)
+
+    def _trainers(self) -> list[CoTrainer]:
+        """One for each device, whose spare time it has."""
+        trainers = []
+        for engine in self.engine.engines:
+            trainers.append(CoTrainer(engine.base, engine.wake))
+            engine.set_idle_work(trainers[-1])
+            trainers[-1].try_out()
+        return trainers
 
     def _worker(self) -> Worker:
         config, workspaces = self.config, Workspaces(self.config.jobs_dir)
-        publisher = Publisher(self.database, self.registry, self.files, self.jobs, self.base.name, self.forget)
-        validator = Validator(self.engine, self.codec, self.database, self.registry, self.files, self.jobs, workspaces)
-        starter = Starter(self.base, self.registry, self.jobs, workspaces)
+        publisher = Publisher(
+            self.database,
+            self.registry,
+            self.files,
+            self.jobs,
+            self.base.name,
+            hint=self.engine.prefetch,
+            forget=self.forget,
+            room=self.room,
+        )
+        validator = Validator(
+            self.engine,
+            self.codec,
+            self.database,
+            self.registry,
+            self.files,
+            self.jobs,
+            workspaces,
+            self.room,
+            [trainer.costs for trainer in self.trainers],
+        )
+        starter = Starter(self.registry, self.jobs, workspaces)
         conductor = Conductor(
-            self.trainer,
+            self.trainers,
             self.jobs,
             workspaces,
             starter,
@@ -220,14 +272,21 @@ class Hub:
         """In memory, for as long as some adapter pins it."""
         self.engine.pin(digest, pinned)
 
+    def _expire(self) -> None:
+        """Removes what was to be kept until now."""
+        self.once.expire()
+        self.uploads.expire()
+        for file in self.files.expire():
+            self.meter.released(file.owner, None, file.bytes, file.created_at)
+
     def _note_use(self, use: Use) -> None:
-        """On the engine's thread."""
+        """On an engine's thread; on one at a time."""
         self.trace.record(use)
         self.uses.note(use)
         self.metrics.used(use)
 
     def _deliver(self, outputs: list[Output]) -> None:
-        """On the engine's thread: hands a step's outputs to the event loop in one call."""
+        """On an engine's thread: hands a step's outputs to the event loop in one call."""
         assert self._loop is not None
         if not self._loop.is_closed():
             self._loop.call_soon_threadsafe(self._spread, outputs)
@@ -259,8 +318,8 @@ TheHub = Annotated[Hub, Depends(of_request)]
 
 
 @asynccontextmanager
-async def opened(config: Config, base: Base) -> AsyncIterator[Hub]:
-    hub = Hub(config, base)
+async def opened(config: Config, *bases: Base) -> AsyncIterator[Hub]:
+    hub = Hub(config, *bases)
     hub.start()
     watch = asyncio.create_task(hub.underway.watch())
     try:

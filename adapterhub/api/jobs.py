@@ -7,10 +7,11 @@ import random
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request
+from fastapi.concurrency import run_in_threadpool
 from pydantic import Field
 
 from adapterhub.api.auth import Caller, Principal, Training
-from adapterhub.api.body import Body
+from adapterhub.api.body import AtMost, Body, IdempotencyKey
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.models import find_model
 from adapterhub.api.pages import After, listed, page
@@ -24,6 +25,8 @@ from adapterhub.train.job import Job, Order, Priority
 from adapterhub.train.plan import check_hyperparameters
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+MetadataKey = Annotated[str, Field(max_length=64)]
+MetadataValue = Annotated[str, Field(max_length=512)]
 
 
 class JobRequest(Body):
@@ -35,7 +38,7 @@ class JobRequest(Body):
     hyperparameters: dict[str, Any] | None = None
     method: dict[str, Any] | None = None
     priority: Literal["low", "normal", "high"] = "normal"
-    metadata: dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]] | None = None
+    metadata: Annotated[dict[MetadataKey, MetadataValue], AtMost(16)] | None = None
     integrations: list[Any] | None = None
 
 
@@ -63,6 +66,7 @@ def job_object(job: Job) -> dict[str, Any]:
         "error": job.error,
         "user_provided_suffix": job.given_suffix,
         "priority": job.priority.name.lower(),
+        "initial_model": job.initial,
         "report": job.report,
         "estimate": job.estimate,
         "proof": job.proof,
@@ -94,16 +98,16 @@ def checkpoint_object(version: Version) -> dict[str, Any]:
 
 
 @router.post("")
-def create(hub: TheHub, caller: Training, body: JobRequest, request: Request) -> dict[str, Any]:
-    order = _check(hub, caller, body, request.headers.get("idempotency-key"))
+async def create(
+    hub: TheHub, caller: Training, body: JobRequest, request: Request, idempotency_key: IdempotencyKey = None
+) -> dict[str, Any]:
     retried = request.headers.get("x-stainless-retry-count", "0") != "0"  # an SDK says so of its own retries
-    with hub.database.transaction():
-        job, new = hub.jobs.create(order, retry=retried, check=hub.room.check_job)
-        if new:
-            hub.usage.follow_job(job.id, caller.owner, caller.key)
-    if new:
-        hub.worker.wake()
-    return job_object(job)
+
+    def act() -> dict[str, Any]:
+        return _create(hub, caller, _check(hub, caller, body, idempotency_key), retried)
+
+    # an adapter to go on from is looked at, and may have to come from the store
+    return await (run_in_threadpool(act) if body.model == hub.base.name else hub.in_store(act))
 
 
 @router.get("")
@@ -159,12 +163,20 @@ def _changed(hub: Hub, job: Job) -> dict[str, Any]:
     return job_object(job)
 
 
+def _create(hub: Hub, caller: Principal, order: Order, retried: bool) -> dict[str, Any]:
+    with hub.database.transaction():
+        job, new = hub.jobs.create(order, retry=retried, check=hub.room.check_job)
+        if new:
+            hub.usage.follow_job(job.id, caller.owner, caller.key)
+    if new:
+        hub.worker.wake()
+    return job_object(job)
+
+
 def _check(hub: Hub, caller: Principal, body: JobRequest, key: str | None) -> Order:
     """Everything that can be said at once; what is in the files is looked at afterwards."""
     if body.integrations:
         raise BadRequest("integrations are not supported. Leave them out.", param="integrations")
-    if len(body.metadata or {}) > 16:
-        raise BadRequest("metadata can have up to 16 pairs.", param="metadata")
     initial = _model(hub, caller, body.model)
     training = _file(hub, caller.owner, body.training_file, "training_file")
     validation = _file(hub, caller.owner, body.validation_file, "validation_file") if body.validation_file else None
@@ -189,7 +201,7 @@ def _check(hub: Hub, caller: Principal, body: JobRequest, key: str | None) -> Or
         method=kind,
         hyperparameters=hyperparameters,
         priority=Priority[body.priority.upper()],
-        initial=initial.id if initial else None,
+        initial=initial.model if initial else None,
         metadata=body.metadata,
         fingerprint=hub.base.fingerprint,
         digest=hashlib.sha256(body.model_dump_json().encode()).hexdigest(),
@@ -228,8 +240,23 @@ def _method(method: dict[str, Any] | None) -> tuple[Kind, dict[str, Any]]:
     if name not in list(Kind):
         known = " and ".join(repr(str(kind)) for kind in Kind)
         raise BadRequest(f"method.type is {str(name)[:80]!r}; {known} are supported.", param="method.type")
+    _check_known(method, ("type", name), "method")
     inner = method.get(name)
-    found = inner.get("hyperparameters") if isinstance(inner, dict) else inner
+    if not isinstance(inner, dict | None):
+        raise BadRequest(f"method.{name} must be an object.", param=f"method.{name}")
+    _check_known(inner or {}, ("hyperparameters",), f"method.{name}")
+    found = (inner or {}).get("hyperparameters")
     if not isinstance(found, dict | None):
-        raise BadRequest(f"method.{name} and its hyperparameters must be objects.", param=f"method.{name}")
+        where = f"method.{name}.hyperparameters"
+        raise BadRequest(f"{where} must be an object.", param=where)
     return Kind(name), found or {}
+
+
+def _check_known(given: dict[str, Any], known: tuple[str, ...], where: str) -> None:
+    """Raises BadRequest for what a job would be trained without."""
+    for field, value in given.items():
+        if field not in known and value is not None:
+            param = f"{where}.{field[:80]}"
+            raise BadRequest(
+                f"{param} is given, but {where} has {' and '.join(known)} alone. Leave it out.", param=param
+            )

@@ -7,11 +7,12 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Query
 from pydantic import Field
 
-from adapterhub.api.admin import Strict
 from adapterhub.api.auth import Admin
+from adapterhub.api.body import AtMost, Strict
 from adapterhub.api.hub import TheHub
 from adapterhub.api.pages import After, page
-from adapterhub.api.tenancy.keys import EVERYDAY, PROJECT, ApiKey, NewKey, Scope
+from adapterhub.api.tenancy.keys import ApiKey, NewKey
+from adapterhub.api.tenancy.terms import EVERYDAY, PROJECT, Scope
 from adapterhub.swap.database import now
 
 router = APIRouter(prefix="/admin/keys", tags=["keys"])
@@ -24,7 +25,7 @@ class KeyBody(Strict):
 
     owner: str
     project: str = PROJECT
-    scopes: Annotated[frozenset[Scope], Field(min_length=1)] = EVERYDAY
+    scopes: Annotated[frozenset[Scope], Field(min_length=1), AtMost(64)] = EVERYDAY
     expires_in: Annotated[Seconds, Field(ge=1)] | None = None
 
 

@@ -33,6 +33,7 @@ from adapterhub.swap.ref import Tier, Use
 log = logging.getLogger(__name__)
 router = APIRouter(include_in_schema=False)
 Stats = dict[str, Any]
+Values = list[tuple[tuple[str, ...], float]]  # of labels
 _PATIENCE_SECONDS = 10.0  # with an engine that does not say how it is
 _METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 _FIRST = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160)
@@ -45,9 +46,9 @@ class Metrics:
     """One hub's, in a registry of its own. Safe to use from any thread."""
 
     def __init__(
-        self, model: str, device: str, stats: Callable[[], Future[Stats]], jobs: Callable[[], dict[str, int]]
+        self, model: str, devices: Devices, stats: Callable[[], Future[Stats]], jobs: Callable[[], dict[str, int]]
     ) -> None:
-        """`stats` are the engine's; `jobs` says how many there are in each state."""
+        """`stats` are the engines'; `jobs` says how many there are in each state."""
         self.registry = CollectorRegistry()
 
         def counter(name: str, text: str, *labels: str) -> Counter:
@@ -62,7 +63,9 @@ class Metrics:
         first = histogram("vllm:time_to_first_token_seconds", "From a request to its first token.", _FIRST)
         between = histogram("vllm:inter_token_latency_seconds", "Between two tokens of an answer.", _BETWEEN)
         whole = histogram("vllm:e2e_request_latency_seconds", "From a request to its last token.", _WHOLE)
+        queued = histogram("vllm:request_queue_time_seconds", "From a request to its first step.", _FIRST)
         self._first, self._between, self._whole = first.labels(model), between.labels(model), whole.labels(model)
+        self._queued = queued.labels(model)
         self._loads = histogram(
             "adapterhub:adapter_load_seconds",
             "Until an adapter that was not on the device was there, by the tier it came from, for those who asked.",
@@ -76,7 +79,7 @@ class Metrics:
         self._seconds = Histogram(
             "http_request_duration_seconds", "Until an answer was sent.", ["handler", "method"], registry=self.registry
         )
-        self.registry.register(Snapshot(model, device, stats, jobs))
+        self.registry.register(Snapshot(model, devices, stats, jobs))
         ProcessCollector(registry=self.registry)
         self._listener: Any = None
 
@@ -85,12 +88,16 @@ class Metrics:
     def prompt(self, tokens: int) -> None:
         self._prompt_tokens.inc(tokens)
 
-    def first_token(self, seconds: float) -> None:
+    def token(self) -> None:
         self._tokens.inc()
+
+    def first_token(self, seconds: float, queued: float) -> None:
+        """`queued`: of the seconds, those before the first step. Of a request for no token, when its prompt was
+        through."""
         self._first.observe(seconds)
+        self._queued.observe(queued)
 
     def next_token(self, seconds: float) -> None:
-        self._tokens.inc()
         self._between.observe(seconds)
 
     def ended(self, reason: str, seconds: float) -> None:
@@ -138,10 +145,9 @@ class Snapshot(Collector):
     """What is counted elsewhere, at the moment somebody asks."""
 
     def __init__(
-        self, model: str, device: str, stats: Callable[[], Future[Stats]], jobs: Callable[[], dict[str, int]]
+        self, model: str, devices: Devices, stats: Callable[[], Future[Stats]], jobs: Callable[[], dict[str, int]]
     ) -> None:
-        self._model, self._stats, self._jobs = model, stats, jobs
-        self._devices = Devices(device)
+        self._model, self._devices, self._stats, self._jobs = model, devices, stats, jobs
 
     def describe(self) -> list[Metric]:
         return []
@@ -157,6 +163,7 @@ class Snapshot(Collector):
         yield from _tiers(stats["tiers"])
         yield from _training(stats["engine"]["training"])
         yield _gauge("adapterhub:jobs", "Fine-tuning jobs.", [((s,), n) for s, n in self._jobs().items()], "status")
+        yield from _devices(stats["devices"])
         yield from self._devices.collect()
 
     def _engine(self, engine: Stats) -> Iterator[Metric]:
@@ -170,11 +177,13 @@ class Snapshot(Collector):
             ),
         ):
             yield _gauge(f"vllm:{name}", text, [((self._model,), value)], "model_name")
-        hits = CounterMetricFamily(
-            "vllm:prefix_cache_hits", "Tokens of prompts that were not computed.", labels=["model_name"]
-        )
-        hits.add_metric([self._model], engine["shared_tokens"])
-        yield hits
+        for name, text, value in (
+            ("queries", "Tokens that were looked for in the KV cache.", engine["sought_tokens"]),
+            ("hits", "Of them, those that were there and so not computed.", engine["shared_tokens"]),
+        ):
+            prefixes = CounterMetricFamily(f"vllm:prefix_cache_{name}", text, labels=["model_name"])
+            prefixes.add_metric([self._model], value)
+            yield prefixes
         yield CounterMetricFamily("adapterhub:engine_steps", "Forwards.", value=engine["steps"])
 
 
@@ -198,6 +207,35 @@ def _tiers(tiers: Stats) -> Iterator[Metric]:
         yield family
 
 
+def _devices(devices: list[Stats]) -> Iterator[Metric]:
+    """What each device has of what the others tell of all together; nothing but its end of one that is lost."""
+    up: Values = [((device["device"],), float(device["alive"])) for device in devices]
+    yield _gauge("adapterhub:device_up", "Whether its engine runs.", up, "device")
+    living = [(device["device"], device["engine"], device["tiers"]["device"]) for device in devices if device["alive"]]
+    for name, text, values in (
+        ("requests_running", "Answers under way.", [e["running"] for _, e, _ in living]),
+        ("requests_waiting", "Requests in its queue.", [e["waiting"] for _, e, _ in living]),
+        ("kv_usage_ratio", "Of its KV cache.", [1 - e["kv_blocks_free"] / e["kv_blocks"] for _, e, _ in living]),
+        ("pool_budget_bytes", "What its pool of adapters may hold.", [pool["budget_bytes"] for *_, pool in living]),
+        ("pool_used_bytes", "What it holds.", [pool["used_bytes"] for *_, pool in living]),
+        ("adapters", "Adapters on it.", [pool["adapters"] for *_, pool in living]),
+        ("train_runs", "Jobs that train on it now.", [e["training"]["runs"] for _, e, _ in living]),
+        ("step_tokens", "A step's at most; fewer after there was no memory.", [e["step_tokens"] for _, e, _ in living]),
+    ):
+        told: Values = [((device,), value) for (device, *_), value in zip(living, values, strict=True)]
+        yield _gauge(f"adapterhub:device_{name}", text, told, "device")
+    short = CounterMetricFamily(
+        "adapterhub:out_of_memory",
+        "Steps, and pieces of training, that found no memory and were done again; requests that failed for it.",
+        labels=["device", "of"],
+    )
+    for device, engine, _ in living:
+        short.add_metric([device, "step"], engine["out_of_memory"])
+        short.add_metric([device, "piece"], engine["training"]["out_of_memory"])
+        short.add_metric([device, "request"], engine["refused"])
+    yield short
+
+
 def _training(training: Stats) -> Iterator[Metric]:
     yield _gauge("adapterhub:train_runs", "Jobs that train now.", [((), training["runs"])])
     yield _gauge("adapterhub:train_share", "Of the last 10 s, training's.", [((), training["share"])])
@@ -205,7 +243,7 @@ def _training(training: Stats) -> Iterator[Metric]:
     yield CounterMetricFamily("adapterhub:train_tokens", "Tokens trained.", value=training["tokens"])
 
 
-def _gauge(name: str, text: str, values: list[tuple[tuple[str, ...], float]], *labels: str) -> Metric:
+def _gauge(name: str, text: str, values: Values, *labels: str) -> Metric:
     family = GaugeMetricFamily(name, text, labels=labels)
     for label_values, value in values:
         family.add_metric(label_values, value)

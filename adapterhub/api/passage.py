@@ -8,11 +8,11 @@ from types import TracebackType
 from opentelemetry.trace import Span, StatusCode, Tracer, set_span_in_context
 
 from adapterhub.api.metrics import Metrics
-from adapterhub.base.request import Origin
+from adapterhub.base.request import Output
 
 
 class Passage:
-    """From the request to its end: within it, tell of each token as it is heard, and of why the answer `finished`."""
+    """From the request to its end: within it, tell of each output as it is heard, and of why the answer `finished`."""
 
     def __init__(self, metrics: Metrics, tracer: Tracer, prompt_tokens: int) -> None:
         self._metrics, self._tracer = metrics, tracer
@@ -26,20 +26,25 @@ class Passage:
     def __enter__(self) -> Passage:
         return self
 
-    def token(self, origin: Origin | None) -> None:
-        """`origin` comes with the first."""
-        now = time.perf_counter()
-        if self._tokens == 0:
-            self._metrics.first_token(now - self._started)
-            if origin is not None:
-                self._part.set_attributes(
-                    {"adapterhub.tier": origin.tier.value, "adapterhub.load_ms": round(origin.load_ms, 3)}
-                )
+    def heard(self, output: Output) -> None:
+        """A token, or that the prompt is through where none was asked for."""
+        now, origin = time.perf_counter(), output.origin
+        if origin is not None:
+            self._metrics.first_token(now - self._started, origin.queued_ms / 1e3)
+            self._part.set_attributes(
+                {
+                    "adapterhub.tier": origin.tier.value,
+                    "adapterhub.load_ms": round(origin.load_ms, 3),
+                    "adapterhub.queued_ms": round(origin.queued_ms, 3),
+                }
+            )
             self._part.end()
             self._part = self._begin("decode")
         else:
             self._metrics.next_token(now - self._last)
-        self._tokens += 1
+        if output.token is not None:
+            self._metrics.token()
+            self._tokens += 1
         self._last = now
 
     def finished(self, reason: str) -> None:

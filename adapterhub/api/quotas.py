@@ -7,10 +7,10 @@ from typing import Annotated, Any
 from fastapi import APIRouter
 from pydantic import Field
 
-from adapterhub.api.admin import Strict
 from adapterhub.api.auth import Admin, Caller
+from adapterhub.api.body import Strict
 from adapterhub.api.hub import Hub, TheHub
-from adapterhub.api.tenancy.quotas import EVERYBODY
+from adapterhub.api.tenancy.terms import EVERYBODY
 from adapterhub.errors import BadRequest
 
 router = APIRouter(tags=["quotas"])

@@ -1,108 +1,41 @@
 """Writes the table of endpoints, `docs/endpoints.md`, from the code: `python -m adapterhub.api.reference`.
 
 What there is comes from the application's OpenAPI document, what OpenAI's clients may send besides from the types of
-its Python SDK, and what of it is refused from `REFUSED`, which a test tries on a server.
+its Python SDK, and what becomes of that from `compatibility.py`, which tests try on a server.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import openai.types
-import openai.types.chat.completion_create_params
-import openai.types.completion_create_params
-import openai.types.fine_tuning
-import openai.types.fine_tuning.jobs
-import openai.types.uploads
 from fastapi import FastAPI
 from fastapi.routing import iter_route_contexts
 
 import adapterhub
 from adapterhub.api.app import create_app
 from adapterhub.api.auth import Needs
+from adapterhub.api.compatibility import BESIDES, IGNORED, REFUSED, Endpoint, unsaid
 from adapterhub.base.model import Base
 from adapterhub.config import Config, default_data_dir
-from adapterhub.train.dataset import Kind
-from adapterhub.train.plan import Plan
 
 OUT = Path(adapterhub.__file__).parent.parent / "docs" / "endpoints.md"
-Endpoint = tuple[str, str]  # method and path
 _ANY = 2.0**53  # a bound as far out as that is none
-
-# by endpoint, the parameters that the SDK's method takes
-CLIENT: dict[Endpoint, Any] = {
-    ("POST", "/v1/files"): openai.types.FileCreateParams,
-    ("GET", "/v1/files"): openai.types.FileListParams,
-    ("POST", "/v1/uploads"): openai.types.UploadCreateParams,
-    ("POST", "/v1/uploads/{upload_id}/parts"): openai.types.uploads.PartCreateParams,
-    ("POST", "/v1/uploads/{upload_id}/complete"): openai.types.UploadCompleteParams,
-    ("POST", "/v1/fine_tuning/jobs"): openai.types.fine_tuning.JobCreateParams,
-    ("GET", "/v1/fine_tuning/jobs"): openai.types.fine_tuning.JobListParams,
-    ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): openai.types.fine_tuning.JobListEventsParams,
-    ("GET", "/v1/fine_tuning/jobs/{job_id}/checkpoints"): openai.types.fine_tuning.jobs.CheckpointListParams,
-    ("POST", "/v1/chat/completions"): openai.types.chat.completion_create_params.CompletionCreateParamsBase,
-    ("POST", "/v1/completions"): openai.types.completion_create_params.CompletionCreateParamsBase,
-}
-
-
-@dataclass(frozen=True)
-class Refusal:
-    """`example`: a value that is refused, with `code`; `unless`: what is taken, as it asks for nothing."""
-
-    example: Any
-    code: str = "unsupported_parameter"
-    unless: str | None = None
-
-
-REFUSED: dict[Endpoint, dict[str, Refusal]] = {
-    ("POST", "/v1/files"): {"expires_after": Refusal({"anchor": "created_at", "seconds": 3600}, "invalid_value")},
-    ("POST", "/v1/uploads"): {"expires_after": Refusal({"anchor": "created_at", "seconds": 3600}, "invalid_value")},
-    ("POST", "/v1/fine_tuning/jobs"): {"integrations": Refusal([{"type": "wandb"}], "invalid_value", "[]")},
-    ("POST", "/v1/chat/completions"): {
-        "audio": Refusal({"voice": "alloy", "format": "wav"}),
-        "function_call": Refusal({"name": "f"}, unless='"none" or "auto"'),
-        "functions": Refusal([{"name": "f"}], unless="[]"),
-        "modalities": Refusal(["audio"], unless='["text"]'),
-        "reasoning_effort": Refusal("high", unless='"none"'),
-        "store": Refusal(True, unless="false"),
-        "verbosity": Refusal("low", unless='"medium"'),
-        "web_search_options": Refusal({}),
-    },
-    ("POST", "/v1/completions"): {
-        "best_of": Refusal(2, unless="1"),
-        "echo": Refusal(True, unless="false"),
-        "suffix": Refusal("the end", unless='""'),
-    },
-}
-# taken, as a client must send it, and not looked at
-IGNORED: dict[Endpoint, set[str]] = {("POST", "/v1/uploads"): {"mime_type"}}
-_HYPERPARAMETERS = [field.name for field in fields(Plan) if field.name not in ("kind", "seed")]
-# what a route reads by itself
-BESIDES: dict[Endpoint, dict[str, str]] = {
-    ("GET", "/v1/fine_tuning/jobs"): {
-        "metadata": "query, as `metadata[KEY]=VALUE`: jobs with all of these pairs; `metadata=null`: those without any"
-    },
-    ("POST", "/v1/fine_tuning/jobs"): {
-        "hyperparameters": f"body: object with some of {', '.join(f'`{name}`' for name in _HYPERPARAMETERS)}",
-        "method": "body: object with `type`, "
-        + " or ".join(f"`{kind}`" for kind in Kind)
-        + ", and under that name an object with `hyperparameters`",
-        "Idempotency-Key": "header: the same key makes no second job",
-    },
-}
 _INTRODUCTION = """\
 # Endpoints
 
 Written from the code by `python -m adapterhub.api.reference`. [api.md](api.md) says what it all means.
 
-Of each field that a client may send: **supported**; **refused**, with the error's `code`; or **ignored**: OpenAI's SDK
-has a parameter of that name, and what it asks for has no effect here. A field that neither knows is ignored, but where
-it says that unknown fields are refused. A supported field with a wrong value is refused with 400 `invalid_value`, and
-the error's `param` names it. Whatever is not listed here, such as `/v1/embeddings`, answers 404 `unknown_url`.
+Of each field that a client may send: **supported**; **refused** with 400 and the error's `code`, so that nobody waits
+for what will not come; or **ignored**: OpenAI's SDK has a field of that name, and that it has no effect here does no
+harm, for the reason given. What is said of a field holds for all within it. A field that neither knows is ignored, but
+where it says that unknown fields are refused; null is as if a field were left out. A supported field with a wrong
+value is refused with 400 `invalid_value`, and the error's `param` names it. The headers `OpenAI-Organization` and
+`OpenAI-Project` are ignored: a key belongs to one owner and one project. Whatever is not listed here, such as
+`/v1/embeddings`, answers 404 `unknown_url`.
 """
 
 
@@ -120,12 +53,6 @@ def endpoints(app: FastAPI) -> Iterator[tuple[Endpoint, dict[str, Any]]]:
         for method, operation in operations.items():
             endpoint = (method.upper(), path)
             yield endpoint, {**operation, "x-scopes": scopes.get(endpoint, ())}
-
-
-def client_fields(endpoint: Endpoint) -> set[str]:
-    """The parameters of the SDK's method."""
-    params = CLIENT.get(endpoint)
-    return set() if params is None else {*params.__required_keys__, *params.__optional_keys__}
 
 
 def _scopes(app: FastAPI) -> dict[Endpoint, tuple[str, ...]]:
@@ -157,21 +84,21 @@ def _section(endpoint: Endpoint, operation: Mapping[str, Any], document: Mapping
     for field in _fields(operation, document):
         found.setdefault(field.name, []).append(field.about)
         closed = closed or field.closed
-    refused, besides = REFUSED.get(endpoint, {}), BESIDES.get(endpoint, {})
+    refused, ignored, besides = REFUSED.get(endpoint, {}), IGNORED.get(endpoint, {}), BESIDES.get(endpoint, {})
+    if missing := unsaid(endpoint, found):
+        raise LookupError(f"say in compatibility.py what becomes of {', '.join(missing)} of {' '.join(endpoint)}")
     if closed:
         needs += " Unknown fields are refused."
     lines.append(needs + "\n")
     rows = []
-    for name in [*found, *sorted((client_fields(endpoint) | refused.keys() | besides.keys()) - found.keys())]:
+    for name in [*found, *sorted((refused.keys() | ignored.keys() | besides.keys()) - found.keys())]:
         if (refusal := refused.get(name)) is not None:
             unless = f", unless it is `{refusal.unless}`" if refusal.unless else ""
             rows.append(f"| `{name}` | refused: `{refusal.code}`{unless} | |")
-        elif name in besides:
-            rows.append(f"| `{name}` | supported | {besides[name]} |")
-        elif name in found and name not in IGNORED.get(endpoint, ()):
-            rows.append(f"| `{name}` | supported | {_either(found[name])} |")
+        elif name in ignored:
+            rows.append(f"| `{name}` | ignored | {ignored[name]} |")
         else:
-            rows.append(f"| `{name}` | ignored | |")
+            rows.append(f"| `{name}` | supported | {besides.get(name) or _either(found[name])} |")
     if rows:
         lines += ["| Field | | |", "| --- | --- | --- |", *rows]
     return "\n".join(lines).rstrip() + "\n"

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable
 from typing import NamedTuple
 
-from adapterhub.base.engine import Engine
+from adapterhub.base.fleet import Fleet
 from adapterhub.config import Config
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.policies import Rules
@@ -39,9 +39,9 @@ class Trial(NamedTuple):
 
 
 class Steering:
-    """Safe to use from any thread but the engine's, for which it waits."""
+    """Safe to use from any thread but the engines', for which it waits."""
 
-    def __init__(self, engine: Engine, disk: DiskTier, settings: Settings) -> None:
+    def __init__(self, engine: Fleet, disk: DiskTier, settings: Settings) -> None:
         self._engine = engine
         self._disk = disk
         self._settings = settings
@@ -52,9 +52,9 @@ class Steering:
         return self._settings.rules()
 
     def set_budgets(self, device: int | None, ram: int | None, disk: int | None) -> None:
-        """Bytes; None leaves one as it is. What no longer fits is evicted.
+        """Bytes, of device and RAM for each device; None leaves one as it is. What no longer fits is evicted.
 
-        Raises BadRequest, and changes nothing, when what must stay would not fit.
+        Raises BadRequest, and changes nothing, when what must stay would not fit; StorageFull when it cannot be saved.
         """
         with self._changing:
             self._engine.plan(device=device, ram=ram).result()  # before anything is changed
@@ -62,11 +62,11 @@ class Steering:
                 self._disk.files.over(disk)
             given = {tier: budget for tier, budget in (("device", device), ("ram", ram)) if budget is not None}
             if given:
-                self._engine.set_budgets(**given).result()
-                self._settings.save_budgets(**given)
+                with self._settings.saving_budgets(**given):
+                    self._engine.set_budgets(**given).result()
             if disk is not None:
-                self._disk.set_budget(disk)
-                self._settings.save_budgets(disk=disk)
+                with self._settings.saving_budgets(disk=disk):
+                    self._disk.set_budget(disk)
 
     def try_rules(self, change: Callable[[Rules], Rules]) -> Trial:
         """What `set_rules` would do now. Raises BadRequest."""
@@ -76,10 +76,10 @@ class Steering:
 
     def set_rules(self, change: Callable[[Rules], Rules]) -> Rules:
         """Puts what `change` makes of the rules that are in force into their place; of two changes at once none is
-        lost. Raises BadRequest."""
+        lost. Raises BadRequest, and StorageFull, and changes nothing, when they cannot be saved."""
         with self._changing:
             rules = change(self.rules)
-            self._engine.set_rules(rules).result()
-            self._disk.set_rules(rules.disk)
-            self._settings.save_rules(rules)
+            with self._settings.saving_rules(rules):
+                self._engine.set_rules(rules).result()
+                self._disk.set_rules(rules.disk)
             return rules

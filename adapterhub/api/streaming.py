@@ -6,23 +6,28 @@ it is sent as `data: {"error": {...}}`.
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from fastapi import Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.types import Receive, Scope, Send
 
-from adapterhub.api.generation import Generation, GenerationRequest, Piece, while_connected
+from adapterhub.api.fields import GenerationRequest
+from adapterhub.api.generation import Generation, Piece, while_connected
 from adapterhub.errors import HubError, ServerFault
 from adapterhub.swap.database import now
 
 log = logging.getLogger(__name__)
 CLIENT_GONE = 499  # nobody reads it
 Json = dict[str, Any]
+Written = TypeVar("Written")
+_AT_ONCE = 64  # tokens whose log probabilities are written in a few milliseconds, the best 20 of each
 
 
 @dataclass(frozen=True)
@@ -55,8 +60,12 @@ async def respond(request: Request, body: GenerationRequest, generation: Generat
         answers = await while_connected(request, generation.whole())
         if answers is None:
             return Response(status_code=CLIENT_GONE)
-        whole = {"choices": list(map(form.whole, answers)), "usage": generation.usage}
-        return JSONResponse(head(form.whole_object) | whole, headers=generation.headers)
+
+        def written() -> Response:
+            whole = {"choices": list(map(form.whole, answers)), "usage": generation.usage}
+            return JSONResponse(head(form.whole_object) | whole, headers=generation.headers)
+
+        return await _aside(sum(len(piece.tokens) for piece in answers), written)
     if await while_connected(request, generation.started()) is None:
         return Response(status_code=CLIENT_GONE)
     return _Stream(generation, _events(generation, head(form.chunk_object), form, body.wants_usage))
@@ -79,16 +88,20 @@ class _Stream(StreamingResponse):
 async def _events(generation: Generation, head: Json, form: Form, wants_usage: bool) -> AsyncIterator[str]:
     no_usage = {"usage": None} if wants_usage else {}
 
-    def chunk(choices: Iterable[Json]) -> str:
-        return _event(head | {"choices": list(choices)} | no_usage)
+    def chunk(choice: Json) -> str:
+        return _event(head | {"choices": [choice]} | no_usage)
+
+    def told(piece: Piece) -> str | None:
+        choice = form.part(piece)
+        return None if choice is None else chunk(choice)
 
     try:
         if form.opening is not None:
             for index in range(generation.choices):
-                yield chunk([form.opening(index)])
+                yield chunk(form.opening(index))
         async for piece in generation.pieces():
-            if (choice := form.part(piece)) is not None:
-                yield chunk([choice])
+            if event := await _aside(len(piece.tokens), partial(told, piece)):
+                yield event
         if wants_usage:
             yield _event(head | {"choices": [], "usage": generation.usage})
         yield "data: [DONE]\n\n"
@@ -99,6 +112,11 @@ async def _events(generation: Generation, head: Json, form: Form, wants_usage: b
         yield _event(ServerFault("The server met an unexpected error. Its log says more.").body)
     finally:
         await generation.close()
+
+
+async def _aside(tokens: int, write: Callable[[], Written]) -> Written:
+    """What `write` makes of so many tokens' log probabilities: on a thread where that would hold up the event loop."""
+    return write() if tokens <= _AT_ONCE else await asyncio.to_thread(write)
 
 
 def _event(chunk: Json) -> str:

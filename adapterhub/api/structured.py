@@ -11,7 +11,7 @@ from pydantic import BaseModel, Field, model_validator
 
 from adapterhub.api.hub import Hub
 from adapterhub.base.grammar import INVALID, Grammar, Part
-from adapterhub.errors import BadRequest, HubError, TooManyRequests
+from adapterhub.errors import BadRequest, TooManyRequests
 
 Name = Annotated[str, Field(pattern=r"^[a-zA-Z0-9_-]+$", min_length=1, max_length=64)]
 Schema = dict[str, Any]
@@ -72,20 +72,15 @@ def schema_part(name: str, schema: Schema, strict: bool, what: str, param: str) 
 async def compiled(hub: Hub, owner: str, parts: Sequence[Part], what: str, param: str) -> Grammar:
     """The grammar of `parts`, made in another thread. Raises BadRequest when it cannot be made, or not in time."""
     made = hub.grammars.compile(owner, parts)
-    done, _ = await asyncio.wait([asyncio.wrap_future(made)], timeout=COMPILE_SECONDS)
     try:
-        if done:
-            return done.pop().result()
+        return await asyncio.wait_for(asyncio.shield(asyncio.wrap_future(made)), COMPILE_SECONDS)
     except BadRequest as error:
         raise BadRequest(f"Invalid schema for {what}: {error.message}.", param=param, code=error.code) from error
-    if made.cancel():
-        raise TooManyRequests("Other schemas are being compiled. Try again in a second.")
-    late: HubError = BadRequest(
-        f"Invalid schema for {what}: it takes longer than {COMPILE_SECONDS:g} seconds to compile. Make it simpler.",
-        param=param,
-        code=INVALID,
-    )
-    raise late
+    except TimeoutError:
+        if not made.running() and not made.done():
+            raise TooManyRequests("Other schemas are being compiled. Try again in a second.") from None
+        late = f"it takes longer than {COMPILE_SECONDS:g} seconds to compile. Make it simpler."
+        raise BadRequest(f"Invalid schema for {what}: {late}", param=param, code=INVALID) from None
 
 
 def _check(schema: Schema) -> None:

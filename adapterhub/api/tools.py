@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field
 
+from adapterhub.api.body import AtMost
 from adapterhub.api.structured import ANSWER, MAX_PROPERTIES, Name, Schema, schema_part
 from adapterhub.base.grammar import INVALID, Part
 from adapterhub.base.tools import BEGIN, END, Tool, call_head
@@ -39,7 +40,7 @@ class NamedTool(BaseModel):
 
 class Allowed(BaseModel):
     mode: Literal["auto", "required"]
-    tools: Annotated[list[NamedTool], Field(min_length=1, max_length=MAX_TOOLS)]
+    tools: Annotated[list[NamedTool], Field(min_length=1), AtMost(MAX_TOOLS)]
 
 
 class AllowedTools(BaseModel):

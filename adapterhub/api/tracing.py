@@ -30,7 +30,7 @@ class Tracing:
     def from_environment(cls) -> Tracing:
         """Raises BadRequest where an exporter is configured and cannot be had."""
         endpoint = next((os.environ[name] for name in _ENDPOINTS if os.environ.get(name)), None)
-        if endpoint is None:
+        if endpoint is None or os.environ.get("OTEL_TRACES_EXPORTER", "").strip().lower() == "none":
             return cls()
         try:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -41,7 +41,10 @@ class Tracing:
             raise BadRequest(
                 f"Spans are to be sent to {endpoint}, which needs `pip install 'adapterhub[otel]'`."
             ) from error
-        provider = TracerProvider(resource=Resource.create({"service.name": "adapterhub"}), shutdown_on_exit=False)
+        resource = Resource.create()  # as the environment names it
+        if str(resource.attributes["service.name"]).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "adapterhub"}))
+        provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter()))
         return cls(provider)
 

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Annotated, Any, BinaryIO
 
 from fastapi import APIRouter, UploadFile
 from pydantic import Field
 
 from adapterhub.api.auth import Training
-from adapterhub.api.body import Body
-from adapterhub.api.files import NO_EXPIRY, file_object
+from adapterhub.api.body import AtMost, Body, IdempotencyKey
+from adapterhub.api.files import Expiry, file_object
 from adapterhub.api.hub import Hub, TheHub
+from adapterhub.api.tenancy.once import Asked, digest_of
 from adapterhub.config import MIB, format_bytes
-from adapterhub.errors import BadRequest, TooLarge
+from adapterhub.errors import TooLarge
 from adapterhub.train.uploads import MAX_PARTS, Part, Upload
 
 router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
@@ -26,11 +28,11 @@ class UploadBody(Body):
     filename: str
     mime_type: str
     purpose: str
-    expires_after: dict[str, Any] | None = None
+    expires_after: Expiry | None = None
 
 
 class CompleteBody(Body):
-    part_ids: Annotated[list[str], Field(min_length=1, max_length=MAX_PARTS)]
+    part_ids: Annotated[list[str], Field(min_length=1), AtMost(MAX_PARTS)]
     md5: str | None = None
 
 
@@ -54,15 +56,21 @@ def part_object(part: Part) -> dict[str, Any]:
 
 
 @router.post("")
-def create(hub: TheHub, caller: Training, body: UploadBody) -> dict[str, Any]:
-    """Begins an upload of so many bytes; it expires in an hour."""
-    if body.expires_after is not None:
-        raise BadRequest(NO_EXPIRY, param="expires_after")
+def create(hub: TheHub, caller: Training, body: UploadBody, idempotency_key: IdempotencyKey = None) -> dict[str, Any]:
+    """Begins an upload of so many bytes; it expires in an hour, and `expires_after` is about the file that comes of
+    it."""
     if body.bytes > hub.config.max_file_bytes:
         limit = format_bytes(hub.config.max_file_bytes)
         raise TooLarge(f"A file may have {limit}; this one has {body.bytes} bytes. Split it.", param="bytes")
-    with hub.room.taken(caller.owner, body.bytes):
-        return upload_object(hub, hub.uploads.create(caller.owner, body.filename, body.purpose, body.bytes))
+    seconds = None if body.expires_after is None else body.expires_after.seconds
+
+    def make() -> Upload:
+        with hub.room.taken(caller.owner, body.bytes):
+            return hub.uploads.create(caller.owner, body.filename, body.purpose, body.bytes, seconds)
+
+    asked = Asked(caller.owner, "upload", idempotency_key)
+    digest = partial(digest_of, body.model_dump())
+    return upload_object(hub, hub.once.made(asked, digest, partial(hub.uploads.get, caller.owner), make))
 
 
 @router.post("/{upload_id}/parts")

@@ -14,7 +14,8 @@ from fastapi.responses import StreamingResponse
 from adapterhub.api.auth import Admin, Caller
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.pages import listed
-from adapterhub.api.tenancy.usage import NONE, Asked, Counts, Group
+from adapterhub.api.tenancy.terms import Group
+from adapterhub.api.tenancy.usage import NONE, Asked, Counts
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import Row
 

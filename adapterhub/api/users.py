@@ -8,6 +8,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import StreamingResponse
 
 from adapterhub.api.auth import Admin, Caller
+from adapterhub.api.downloads import Download
 from adapterhub.api.export import export
 from adapterhub.api.hub import ADMIN_OWNER, Hub, TheHub
 from adapterhub.api.pages import After, page
@@ -52,19 +53,21 @@ def erasure(hub: TheHub, caller: Admin, erasure_id: str) -> dict[str, Any]:
 
 
 @router.get("/admin/users/{owner}/export", response_class=StreamingResponse)
-def export_of(hub: TheHub, caller: Admin, owner: str) -> StreamingResponse:
+def export_of(hub: TheHub, caller: Admin, owner: str) -> Download:
     """A zip of all that is kept of an owner."""
-    return _zip(hub, owner)
+    return Download(hub, caller, _zip(hub, owner))
 
 
 @router.get("/v1/export", response_class=StreamingResponse)
-def export_own(hub: TheHub, caller: Caller) -> StreamingResponse:
+def export_own(hub: TheHub, caller: Caller) -> Download:
     """A zip of all that is kept of the caller."""
-    return _zip(hub, caller.owner)
+    return Download(hub, caller, _zip(hub, caller.owner))
 
 
 def _zip(hub: Hub, owner: str) -> StreamingResponse:
     if not hub.keys.list(owner) and not hub.registry.versions(owner):
         raise NotFound(f"There is no user {owner[:80]!r}.")
     headers = {"content-disposition": f'attachment; filename="{owner}.zip"'}
-    return StreamingResponse(export(hub, owner), media_type="application/zip", headers=headers)
+    pieces = export(hub, owner)
+    zipped = pieces if hub.disk.store is None else hub.storing.iterate(pieces)
+    return StreamingResponse(zipped, media_type="application/zip", headers=headers)

@@ -6,9 +6,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Depends, Query, Request
-from pydantic import BaseModel, ConfigDict, Field, StrictInt
+from pydantic import Field, StrictInt
 
 from adapterhub.api.auth import Admin, Caller, Training
+from adapterhub.api.body import AtMost, Strict
 from adapterhub.api.hub import Hub, TheHub
 from adapterhub.api.listing import adapter_objects
 from adapterhub.api.pages import After, page
@@ -39,13 +40,11 @@ def _whose(request: Request) -> str | None:
 Whose = Annotated[str | None, Depends(_whose)]
 
 
-class SplitBody(BaseModel):
+class SplitBody(Strict):
     """`percent`: by version, each by its number, id or name, or "candidate" or "previous"; the current one gets the
     rest."""
 
-    model_config = ConfigDict(extra="forbid")
-
-    percent: Annotated[dict[str, StrictInt], Field(min_length=1, max_length=100)]
+    percent: Annotated[dict[str, StrictInt], Field(min_length=1), AtMost(100)]
 
 
 @looking.get("/{adapter_id}/versions")

@@ -1,9 +1,10 @@
 """Attention over the paged KV cache, as an implementation of transformers' attention interface.
 
 Every layer of an injected model comes here with the queries, keys and values of all tokens of the forward, end to end.
-Keys and values go into the cache; then sequences that decode one token are computed together, and the others one by
-one. This is the torch backend, which also trains (no cache, the whole context in the forward); decoding in bf16 on a
-CPU goes to native code.
+Keys and values go into the cache; then, on a GPU, Triton's kernels compute all sequences together. Elsewhere those that
+decode one token are computed together, and the others one by one. This is the torch backend, which also trains (no
+cache, the whole context in the forward; on a GPU all sequences together, see `varlen.py`); decoding in bf16 on a CPU
+goes to native code.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from adapterhub.base import varlen
 from adapterhub.base.batch import Batch, Span
 from adapterhub.base.native import ops
 from adapterhub.errors import BadRequest
@@ -46,8 +48,12 @@ def attend(
     q, k, v = query[0], key[0], value[0]
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     layer: int = module.layer_idx  # type: ignore[assignment]
+    if batch.tables is not None and batch.kv is not None:
+        return _attend_by_triton(batch, layer, q, k, v, scale, sliding_window, softcap).unsqueeze(0), None
     if batch.kv is not None:
         batch.kv.write(layer, k, v, batch.slots)
+    elif softcap is None and varlen.usable(q, k, v, sliding_window):
+        return varlen.attend(q, k, v, batch.ends, batch.longest, scale, sliding_window).unsqueeze(0), None
     parts = []
     for span in batch.prefills:
         k_all, v_all = k[:, span.rows], v[:, span.rows]
@@ -61,6 +67,26 @@ def attend(
         parts.extend((span, out[:, i : i + 1]) for i, span in enumerate(batch.decodes))
     joined = _in_order(parts)
     return joined.transpose(0, 1).unsqueeze(0), None
+
+
+def _attend_by_triton(
+    batch: Batch,
+    layer: int,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> torch.Tensor:
+    """Writes k and v into the cache, and attends -> [T, heads, d_v]."""
+    from adapterhub.base.triton import attention  # triton is only there where torch is built for CUDA
+
+    assert batch.kv is not None
+    assert batch.tables is not None
+    keys, values = batch.kv.layer(layer)
+    attention.write_kv(keys, values, k, v, batch.tables.slots)
+    return attention.attend_paged(q, keys, values, batch.tables, scale, window, softcap)
 
 
 def _in_order(parts: Iterable[tuple[Span, torch.Tensor]]) -> torch.Tensor:

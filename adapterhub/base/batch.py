@@ -10,11 +10,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
 
 from adapterhub.swap.layout import Factors
+
+if TYPE_CHECKING:
+    from adapterhub.base.triton.learning import Gradients
+    from adapterhub.base.triton.tables import Tables
 
 KV_BLOCK = 16  # tokens in one block of the KV cache
 
@@ -77,6 +81,21 @@ class Segment:
     end: int
     adapter: Adapter
 
+    @property
+    def rows(self) -> slice:
+        return slice(self.start, self.end)
+
+
+class Forward(NamedTuple):
+    """A forward of the base in plain numbers, as it goes to the device; a list has one entry for each row."""
+
+    tokens: list[int]
+    positions: list[int]
+    slots: list[int]  # where its key and value go in the KV cache
+    wanted: list[int]  # the rows whose logits are asked for
+    spans: list[Span]
+    segments: list[Segment]
+
 
 @dataclass
 class Batch:
@@ -88,9 +107,12 @@ class Batch:
     segments: list[Segment]
     kv: KeyValues | None = None
     slots: torch.Tensor | None = None  # [T] where each token's key and value go in the KV cache
-    pool: torch.Tensor | None = None  # where the segments' adapters lie; None where they are a job's parameters
+    pool: torch.Tensor | None = None  # where the segments' adapters lie; None where they are torch's to find
+    tables: Tables | None = None  # where Triton's kernels serve, which then look things up here
+    gradients: Gradients | None = None  # where they learn: what they add to in the backward
     give_way: Callable[[], None] | None = None  # called by each layer of a training forward, and of its backward
     anchor: torch.Tensor | None = None  # in a training forward: a leaf that makes autograd record from the first layer
+    computed: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)  # see `inject.Together`
     _decode_masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
 
     @cached_property
@@ -101,6 +123,16 @@ class Batch:
     @cached_property
     def prefills(self) -> list[Span]:
         return [s for s in self.spans if s.length > 1]
+
+    @cached_property
+    def ends(self) -> torch.Tensor:
+        """[spans + 1] in int32: 0, and where each ends."""
+        return send(torch.tensor([0, *(s.rows.stop for s in self.spans)]), self.tokens.device).int()
+
+    @property
+    def longest(self) -> int:
+        """Of the spans' lengths."""
+        return max(s.length for s in self.spans)
 
     @cached_property
     def decode_rows(self) -> torch.Tensor:
@@ -124,11 +156,28 @@ class Batch:
         return self._decode_masks[window]
 
 
+class Batches(Protocol):
+    """Where a linear looks up what it works on."""
+
+    def batch_of(self, rows: int) -> Batch | None:
+        """Where its input has so many rows; None: the base alone."""
+        ...
+
+
+def send(numbers: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """`numbers`, which lie in the host's memory, on `device`, without waiting for it."""
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
+
+
 class Slot:
     """Where a model's layers look up the batch of the forward they are in. One per loaded base."""
 
     def __init__(self) -> None:
         self.batch: Batch | None = None
+
+    def batch_of(self, rows: int) -> Batch | None:
+        """The batch, which has one row for each token."""
+        return self.batch
 
     @contextmanager
     def running(self, batch: Batch) -> Iterator[None]:

@@ -1,7 +1,8 @@
 """The engine: one thread that owns the device, serves requests in one continuous batch, and trains when there is time.
 
-Other threads reach it through its inbox; what comes back is handed to `on_output`, a step at a time. A step is:
-`Tiers.poll -> pin what comes next -> Scheduler.schedule -> Runner.run -> outputs -> unpin what has ended`.
+Other threads reach it through its inbox; what comes back is handed to `on_output`, a step at a time. A turn of the
+thread is: the inbox, deadlines, adapters on their way (`ahead.py`), and then a piece of training (`idle.py`) or a step
+of serving (`serving.py`).
 """
 
 from __future__ import annotations
@@ -9,40 +10,36 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from itertools import islice
 from typing import Any
 
-from adapterhub.base.budgets import Budgets
-from adapterhub.base.idle import Demand, IdleWork, SpareTime
+import torch
+
+from adapterhub.base.ahead import Ahead
+from adapterhub.base.budgets import Budgets, allot
+from adapterhub.base.idle import IdleWork, PieceAbandoned, SpareTime
 from adapterhub.base.inbox import Inbox, shutting_down
-from adapterhub.base.kv import KVCache
+from adapterhub.base.lost import DeviceLost, check_device, device_failed
 from adapterhub.base.model import Base
-from adapterhub.base.request import Finish, Origin, Output, Request, Token
-from adapterhub.base.runner import Runner
-from adapterhub.base.scheduler import Scheduler, Sequence
+from adapterhub.base.native.model import supports
+from adapterhub.base.occupancy import Occupancy
+from adapterhub.base.placement import Seat
+from adapterhub.base.request import Output, Request
+from adapterhub.base.scheduler import Sequence
+from adapterhub.base.serving import Serving
 from adapterhub.base.share import Share
 from adapterhub.config import Config
-from adapterhub.errors import (
-    ContextLengthExceeded,
-    DeadlineExceeded,
-    HubError,
-    ServerFault,
-    TooManyRequests,
-)
+from adapterhub.errors import ContextLengthExceeded, DeadlineExceeded, Unavailable
 from adapterhub.swap.disk import DiskTier
 from adapterhub.swap.policies import Rules
-from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef, Tier, Use
 from adapterhub.swap.residency import Plan
+from adapterhub.swap.threads import settle
 from adapterhub.swap.tiers import Tiers
 
 log = logging.getLogger(__name__)
 _SWEEP_SECONDS = 1.0  # how often deadlines are looked at; more often where they are shorter than that
-_AHEAD = 3  # times the largest batch: how far into the queue adapters are read ahead
-_HINTS = 256  # the oldest are forgotten
 
 
 class Engine:
@@ -61,42 +58,42 @@ class Engine:
     ) -> None:
         """`disk` is where blocks come from, by default the directory of `config`."""
         self.base = base
-        self._on_output = on_output
-        self._on_use = on_use
-        self.budgets = Budgets.of(config, base.device)
-        self.kv = KVCache(base.kv_shapes, self.budgets.kv, base.dtype, base.device)
+        self._budgets, self.kv, pool = allot(config, base)
         self.context = min(base.context, self.kv.capacity)  # tokens of one request, prompt and answer
+        self._inbox = Inbox()
         self.tiers = Tiers(
-            Pool(self.budgets.device, base.dtype, base.device),
+            pool,
             disk or DiskTier(config.blobs_dir),
             base.fingerprint,
             base.layout,
-            ram_bytes=self.budgets.ram,
+            ram_bytes=self._budgets.ram,
             load_threads=config.load_threads,
             wake=lambda: self._inbox.put(lambda: None),
             rules=rules,
         )
-        self._runner = Runner(base, self.kv, self.tiers.pool)
         # the native step has threads of its own; torch's would keep the cores busy for the little that is left
-        threads = 1 if self._runner.native else None
+        threads = 1 if supports(base) else None
         self._spare = SpareTime(Share(config.train_latency_slo, config.train_micro_tokens), threads)
-        self._scheduler = Scheduler(self.kv, config.max_batch, config.max_step_tokens)
-        self._inbox = Inbox()
-        self._hints: deque[AdapterRef] = deque(maxlen=_HINTS)  # what somebody may ask for soon
-        self._steps = self._tokens = 0
-        self._live = 0  # requests that have not ended
-        self._max_live = config.max_batch + config.max_waiting
+        self.occupancy = Occupancy(config.max_batch + config.max_waiting)
+        self._serving = Serving(
+            base, self.kv, self.tiers, config, self._spare, self.occupancy, on_output=on_output, on_use=on_use
+        )
+        self._scheduler = self._serving.scheduler
+        self._ahead = Ahead(self._scheduler, self.tiers)
         self._request_seconds = config.request_seconds
         self._sweep_seconds = min(_SWEEP_SECONDS, config.request_seconds)
         self._next_sweep = 0.0
         self._stopping = False
-        self._counting = threading.Lock()  # guards `_live`
         self._thread = threading.Thread(target=self._loop, name="adapterhub-engine", daemon=True)
 
     # -- for any thread
 
     def start(self) -> None:
         self._thread.start()
+
+    def warm_up(self) -> Future[None]:
+        """Gets everything ready that the first requests would wait for. Fails with what keeps them from an answer."""
+        return self._inbox.ask(self._serving.warm_up)
 
     def stop(self) -> None:
         """Ends the thread; what was under way fails with Unavailable."""
@@ -113,15 +110,39 @@ class Engine:
     def alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def ended(self) -> bool:
+        """It takes no more requests."""
+        return self._inbox.ended
+
+    @property
+    def budgets(self) -> Budgets:
+        """As they are now: the pool becomes smaller when the device has too little memory."""
+        return self._budgets._replace(device=self.tiers.pool.capacity)
+
+    def seat(self, adapter: AdapterRef | None, *, warm: bool) -> Seat | None:
+        """How a request for `adapter` would find this engine at this moment; None once it has ended. A few look-ups."""
+        if self.ended:
+            return None
+        used = self.tiers.contents.residency.allocator.used_bytes
+        if adapter is None:
+            return Seat(self.occupancy.requests, used, warm=warm)
+        near = self.tiers.nearest(adapter.digest)
+        holds = near is Tier.DEVICE or self.occupancy.wants(adapter.digest)
+        return Seat(self.occupancy.requests, used, holds, near is Tier.RAM, warm)
+
     def submit(self, request: Request) -> None:
         """Queues a request. Raises ContextLengthExceeded when it could never be answered whole, TooManyRequests when
         the queue is full, and Unavailable when the engine has stopped."""
         self.check_length(len(request.prompt), request.sampling.max_tokens)
-        with self._counting:
-            if self._live >= self._max_live and not self._inbox.ended:
-                raise TooManyRequests("Too many requests are waiting or running. Try again in a second.")
-            self._live += 1
-        self._inbox.post(lambda: self._scheduler.add(Sequence.of(request)))
+        self._inbox.check_open()  # what has ended is not full
+        self.occupancy.enter(request)
+        arrived = time.monotonic()
+        try:
+            self._inbox.post(lambda: self._scheduler.add(Sequence.of(request, arrived)))
+        except Unavailable:
+            self.occupancy.leave([request])
+            raise
 
     def check_length(self, prompt: int, max_tokens: int, param: str | None = None) -> None:
         """Raises ContextLengthExceeded, for the request's field `param`, when the two together do not fit."""
@@ -134,7 +155,12 @@ class Engine:
 
     def cancel(self, request: str) -> None:
         """Forgets a request; nothing more comes of it."""
-        self._inbox.put(lambda: self._end(self._scheduler.find(lambda s: s.request.id == request)))
+
+        def cancel() -> None:
+            if (sequence := self._scheduler.get(request)) is not None:
+                self._serving.end([sequence])
+
+        self._inbox.put(cancel)
 
     def set_idle_work(self, work: IdleWork) -> None:
         """The engine's spare time is `work`'s from now on."""
@@ -155,7 +181,7 @@ class Engine:
     def prefetch(self, adapter: AdapterRef) -> None:
         """A hint: the adapter is brought to the device when nothing else is to be read, if there is room without taking
         anything from what is in use or comes next in the queue. Never fails."""
-        self._inbox.put(lambda: self._hints.append(adapter))
+        self._inbox.put(lambda: self._ahead.hint(adapter))
 
     def set_budgets(self, device: int | None = None, ram: int | None = None) -> Future[None]:
         """Changes the device's and the RAM's budget, in bytes, while requests run; None leaves one as it is.
@@ -166,18 +192,18 @@ class Engine:
         done: Future[None] = Future()
 
         def finish(changed: Future[None]) -> None:
-            if (error := changed.exception()) is not None:
-                done.set_exception(error)
-            else:
-                done.set_result(None)
+            if ram is not None and changed.exception() is None:
+                self._budgets = self._budgets._replace(ram=ram)
+            if not done.done():  # the engine's end came first
+                settle(done, changed.result)
 
         def change() -> None:
             try:
                 self.tiers.set_budgets(device, ram).add_done_callback(finish)
-            except HubError as error:
+            except Exception as error:
                 done.set_exception(error)
 
-        self._inbox.post(change)
+        self._inbox.promise(done, change)
         return done
 
     def set_rules(self, rules: Rules) -> Future[None]:
@@ -192,7 +218,7 @@ class Engine:
         return self._inbox.ask(lambda: [self.tiers.tier_of(d) for d in digests])
 
     def stats(self) -> Future[dict[str, Any]]:
-        return self._inbox.ask(self._stats)
+        return self._inbox.ask(lambda: {"tiers": self.tiers.stats(), "engine": self._serving.stats()})
 
     def erase(self, owner: str) -> Future[int]:
         """Forgets what is kept of an owner's prompts and answers; how many KV blocks that were."""
@@ -200,21 +226,34 @@ class Engine:
 
     def check_integrity(self) -> Future[None]:
         """Fails with AssertionError if a KV block, a pin or an extent has leaked."""
-
-        def check() -> None:
-            self._scheduler.check_integrity()
-            self.tiers.check_integrity(sum(1 for s in self._scheduler.find(lambda s: s.hold is not None)))
-
-        return self._inbox.ask(check)
+        return self._inbox.ask(self._serving.check_integrity)
 
     # -- the engine's thread
 
     def _loop(self) -> None:
-        busy = False
-        while not self._stopping:
-            busy = self._turn(wait=not busy)
-        self._inbox.close()
-        self._fail(self._scheduler.find(lambda _: True), shutting_down())
+        device = self.base.device
+        try:
+            if device.type == "cuda":
+                torch.cuda.set_device(device)  # kernels are launched on this thread's own
+            busy = False
+            while not self._stopping:
+                busy = self._turn(wait=not busy)
+        except BaseException as error:
+            log.critical("the engine on %s has ended", device, exc_info=error)
+            self._die(device_failed(device))
+            if not isinstance(error, DeviceLost):
+                raise
+            return
+        self._inbox.close(shutting_down())
+        self._serving.fail(self._scheduler.find(lambda _: True), shutting_down())
+
+    def _die(self, error: Unavailable) -> None:
+        """All that this engine has is lost; nothing is put in order any more."""
+        self._inbox.lose(error)
+        try:
+            self._serving.lose(error)
+        finally:
+            self._spare.lose()
 
     def _turn(self, wait: bool) -> bool:
         """One turn of the loop. False when there was nothing to do, which only something in the inbox can change, or a
@@ -223,22 +262,25 @@ class Engine:
             if wait:
                 self._sleep()
             self._prepare()
-            return self._train() or self._step()
+            if self._serving.scarcity.short:  # what found no memory is tried again before training takes any
+                return self._serving.step() or self._train()
+            return self._train() or self._serving.step()
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
+            check_device(self.base.device)
             return True
 
     def _prepare(self) -> None:
         """What comes before a step: what others asked for, deadlines, and adapters on their way."""
         self._inbox.carry_out()
         self._sweep()
-        self.tiers.poll()
-        if self._pin_ahead():
-            self._prefetch()
+        self.tiers.poll(idle=self._serving.only_waits)
+        for sequence, error in self._ahead.bring():
+            self._serving.fail([sequence], error)
 
     def _sleep(self) -> None:
         """Until something is in the inbox, or it is time to look at deadlines, or to try idle work again."""
-        sweeps = self._live or self.tiers.has_ttl or self._spare.wanted
+        sweeps = self.occupancy.requests or self.tiers.has_ttl or self._spare.wanted
         self._inbox.wait(self._sweep_seconds if sweeps else None)
         self._spare.slept()
 
@@ -254,146 +296,29 @@ class Engine:
         message = (
             f"The answer was not complete within {seconds:g} seconds. Ask for fewer tokens, or when there is less load."
         )
-        self._fail(late, DeadlineExceeded(message))
-
-    def _pin_ahead(self) -> bool:
-        """Pins the adapters of the sequences that come next, in order, and starts bringing those that are elsewhere.
-        False when there is no room for one of them until others release theirs."""
-        room, failed = True, list[tuple[Sequence, HubError]]()
-        for sequence in self._scheduler.look_ahead():
-            adapter = sequence.request.adapter
-            try:
-                if adapter is not None and sequence.hold is None:
-                    sequence.hold = self.tiers.acquire(adapter)
-                    if sequence.hold is None:  # who came first is served first
-                        room = False
-                        break
-                if sequence.hold is not None and sequence.hold.error is not None:
-                    raise sequence.hold.error
-            except HubError as error:
-                failed.append((sequence, error))
-        for sequence, why in failed:
-            self._fail([sequence], why)
-        return room
-
-    def _prefetch(self) -> None:
-        """Reads ahead, while the readers have nothing else to do: what is asked for further back in the queue, then
-        what was hinted at. It takes nothing from anybody who is in the queue."""
-        wanted: dict[str, AdapterRef] = {}
-        if self.tiers.readers_idle and self._scheduler.num_waiting:
-            batch = self._scheduler.max_batch
-            for sequence in islice(self._scheduler.waiting(), batch, _AHEAD * batch):
-                if (adapter := sequence.request.adapter) is not None:
-                    wanted[adapter.digest] = adapter
-        for adapter in wanted.values():
-            if not self.tiers.prefetch(adapter, wanted.keys()):
-                return
-        while self._hints and self.tiers.readers_idle:
-            self.tiers.prefetch(self._hints.popleft(), wanted.keys())
+        self._serving.fail(late, DeadlineExceeded(message))
 
     def _train(self) -> bool:
         """A piece of training, if it may be now."""
-        return self._spare.wanted and self._spare.train(self._give_way, **self._demand())
-
-    def _demand(self) -> Demand:
-        """Who waits for the store, which may never answer, does not wait for the device."""
-        running = self._scheduler.running
-        first = any(s.produced == 0 for s in running) or any(
-            s.hold is None or not s.hold.away for s in self._scheduler.waiting()
-        )
-        return {"running": bool(running), "first": first}
+        return self._spare.wanted and self._spare.train(self._give_way, **self._serving.demand)
 
     def _give_way(self) -> None:
         """Within a piece of training, when somebody asks for something or the piece takes long: serves until training
-        may go on, or there is nothing else to do."""
+        may go on, or there is nothing else to do. Raises PieceAbandoned when serving needs the piece's memory."""
         if not self._inbox.waiting and not self._spare.overdue:
             return
         self._spare.interrupt()
         try:
             self._prepare()
-            while not self._stopping and not self._spare.may_go_on(**self._demand()) and self._step():
+            while (
+                not self._stopping
+                and not self._spare.may_go_on(**self._serving.demand)
+                and self._serving.step(piece=True)
+            ):
                 self._prepare()
+        except PieceAbandoned:
+            raise
         except Exception:
             log.exception("the engine met an error outside of a step; it goes on")
+            check_device(self.base.device)
         self._spare.go_on()
-
-    def _step(self) -> bool:
-        """One step of serving; False if there was nothing to do."""
-        work = self._scheduler.schedule()
-        if not work:
-            return False
-        self._spare.begin_step()
-        try:
-            outcomes = self._runner.run(work)
-        except Exception as error:  # the step's requests fail; the others, and the thread, go on
-            log.exception("a step failed")
-            self._fail([w.sequence for w in work], ServerFault(f"The model failed on this request: {error}"))
-            return True
-        outputs: list[Output] = []
-        ended: list[Sequence] = []
-        for work_done, token, diverged in outcomes:
-            sequence = work_done.sequence
-            self._scheduler.advance(work_done, token.id if token else None)
-            if diverged:
-                fault: HubError | None = sequence.matcher.error if sequence.matcher is not None else None
-                fault = fault or ServerFault("The model's numbers are not finite for this request.", code="not_finite")
-                outputs.append(Output(sequence.request.id, error=fault))
-            elif token is not None:
-                outputs.append(self._output(sequence, token))
-            if outputs and outputs[-1].request == sequence.request.id and outputs[-1].last:
-                ended.append(sequence)
-        self._end(ended)
-        self._steps += 1
-        self._tokens += len(outputs)
-        self._spare.end_step(streams=any(o.token and o.origin is None for o in outputs))
-        if outputs:
-            self._on_output(outputs)
-        return True
-
-    def _output(self, sequence: Sequence, token: Token) -> Output:
-        sampling, finish = sequence.request.sampling, None
-        # with a grammar, an end that is to be ignored comes only where nothing else may
-        if token.id in self.base.end_tokens and (not sampling.ignore_eos or sequence.matcher is not None):
-            finish = Finish.STOP
-        elif sequence.produced >= sampling.max_tokens:
-            finish = Finish.LENGTH
-        origin = None
-        if sequence.produced == 1:
-            hold = sequence.hold
-            origin = Origin(hold.tier, hold.load_ms) if hold else Origin(Tier.BASE, 0.0)
-            self._note_use(sequence.request.adapter, origin)
-        return Output(sequence.request.id, token, finish, origin=origin)
-
-    def _note_use(self, adapter: AdapterRef | None, origin: Origin) -> None:
-        if self._on_use is not None and adapter is not None:
-            version, digest, nbytes, owner, _ = adapter
-            self._on_use(Use(time.time(), version, digest, owner, nbytes, origin.tier, origin.load_ms))
-
-    def _fail(self, sequences: list[Sequence], error: HubError) -> None:
-        self._end(sequences)
-        if sequences:
-            self._on_output([Output(s.request.id, error=error) for s in sequences])
-
-    def _end(self, sequences: list[Sequence]) -> None:
-        with self._counting:
-            self._live -= len(sequences)
-        for sequence in sequences:
-            self._scheduler.remove(sequence)
-            if sequence.hold is not None:
-                self.tiers.release(sequence.hold)
-                sequence.hold = None
-
-    def _stats(self) -> dict[str, Any]:
-        return {
-            "tiers": self.tiers.stats(),
-            "engine": {
-                "running": len(self._scheduler.running),
-                "waiting": self._scheduler.num_waiting,
-                "kv_blocks": self.kv.blocks.total,
-                "kv_blocks_free": self.kv.blocks.free,
-                "shared_tokens": self._scheduler.shared_tokens,
-                "steps": self._steps,
-                "tokens": self._tokens,
-                "training": self._spare.stats(),
-            },
-        }

@@ -10,29 +10,31 @@ from __future__ import annotations
 import json
 import random
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence as Seq
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
 from numpy.typing import NDArray
 
 from adapterhub.errors import BadRequest, TooManyRequests, Unavailable
 
+if TYPE_CHECKING:  # imported where it is used: an engine that nobody asks for a grammar runs without llguidance
+    from llguidance import LLExecutor, LLMatcher
+
 Part = dict[str, Any]  # {"lark_grammar": ...} or {"name": ..., "json_schema": ...}, as llguidance names them
 INVALID = "invalid_json_schema"
 # a step's mask may take a few milliseconds at worst; states of the lexer, which have about 400 bytes, 20 MB
-_LIMITS = LLParserLimits(
-    max_items_in_row=10_000,
-    step_max_items=50_000,
-    initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    max_lexer_states=50_000,
-    max_grammar_size=200_000,
-    verbose_errors=False,
-)
+_LIMITS: dict[str, Any] = {
+    "max_items_in_row": 10_000,
+    "step_max_items": 50_000,
+    "initial_lexer_fuel": 1_000_000,
+    "step_lexer_fuel": 100_000,
+    "max_lexer_states": 50_000,
+    "max_grammar_size": 200_000,
+    "verbose_errors": False,
+}
 _THREADS = 2
 _KEPT = 128  # compiled grammars
 _OWNERS_SHARE = 4  # of one owner that wait to be compiled
@@ -45,7 +47,7 @@ class Grammar:
 
     def __init__(self, compiled: LLMatcher, executor: LLExecutor, mask_bytes: int) -> None:
         self.executor, self.mask_bytes = executor, mask_bytes
-        self.followed = 0  # tokens; only the engine's thread may change this
+        self.followed = 0  # tokens; counted by engines alone, and of two at once one may be lost
         self._compiled = compiled
 
     @property
@@ -95,6 +97,8 @@ class Grammars:
 
     def __init__(self, tokenizer: Any, end_tokens: frozenset[int], vocabulary: int) -> None:
         """`tokenizer`: transformers' fast one; `vocabulary`: how many logits the base has."""
+        from llguidance import LLExecutor, LLTokenizer
+
         backend = tokenizer.backend_tokenizer
         self._vocabulary = max(vocabulary, backend.get_vocab_size(with_added_tokens=True))
         self._refusal: str | None = None
@@ -109,11 +113,11 @@ class Grammars:
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="adapterhub-grammar")
         self._lock = threading.Lock()  # guards what follows
         self._kept: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
-        self._under_way: Counter[str] = Counter()
+        self._under_way: dict[tuple[str, str], Future[Grammar]] = {}
 
     def compile(self, owner: str, parts: Seq[Part]) -> Future[Grammar]:
         """The first of `parts` is what an answer is; it may name the others. Fails with BadRequest when there is no
-        such grammar, or it is over a limit.
+        such grammar, or it is over a limit. Who asks for the same meanwhile shares it, and so nobody may cancel it.
 
         Raises BadRequest when the base can follow none, TooManyRequests when the owner has others compiled.
         """
@@ -126,14 +130,16 @@ class Grammars:
                 done: Future[Grammar] = Future()
                 done.set_result(known)
                 return done
-            if self._under_way[owner] >= _OWNERS_SHARE:
+            if (shared := self._under_way.get((owner, text))) is not None:
+                return shared
+            if sum(whose == owner for whose, _ in self._under_way) >= _OWNERS_SHARE:
                 raise TooManyRequests(f"{_OWNERS_SHARE} of your schemas are being compiled. Try again in a second.")
             try:
                 begun = self._threads.submit(self._compile, owner, text)
             except RuntimeError as error:
                 raise Unavailable("The server is shutting down.") from error
-            self._under_way[owner] += 1
-        begun.add_done_callback(lambda _: self._ended(owner))
+            self._under_way[owner, text] = begun
+        begun.add_done_callback(lambda _: self._ended(owner, text))
         return begun
 
     def erase(self, owner: str) -> int:
@@ -147,14 +153,14 @@ class Grammars:
     def close(self) -> None:
         self._threads.shutdown(cancel_futures=True)
 
-    def _ended(self, owner: str) -> None:
+    def _ended(self, owner: str, text: str) -> None:
         with self._lock:
-            self._under_way[owner] -= 1
-            if not self._under_way[owner]:
-                del self._under_way[owner]
+            del self._under_way[owner, text]
 
     def _compile(self, owner: str, text: str) -> Grammar:
-        compiled = LLMatcher(self._tokenizer, text, limits=_LIMITS, log_level=0)
+        from llguidance import LLMatcher, LLParserLimits
+
+        compiled = LLMatcher(self._tokenizer, text, limits=LLParserLimits(**_LIMITS), log_level=0)
         grammar = Grammar(compiled, self._executor, (self._vocabulary + 31) // 32 * 4)
         self._try(grammar)
         with self._lock:

@@ -10,11 +10,15 @@ from typing import Any, NamedTuple, Protocol, TypedDict, Unpack
 
 import torch
 
-from adapterhub.base.share import PAUSE_SECONDS, Share
+from adapterhub.base.share import Share
 
 log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 1.0  # of a work that failed
 _RECENT_SECONDS = 10.0  # of which is told what training had
+
+
+class PieceAbandoned(Exception):
+    """There was no memory for a piece of training, or its memory was needed. It is as if it had not been begun."""
 
 
 class IdleWork(Protocol):
@@ -30,7 +34,12 @@ class IdleWork(Protocol):
         every few milliseconds, between two layers of the base, say; requests may be served meanwhile.
 
         Returns how many tokens it trained; 0 when there is nothing to do at the moment: it is asked again after
-        `Engine.wake`."""
+        `Engine.wake`. Raises PieceAbandoned, also when that comes out of `give_way`: it is asked again soon, and has to
+        make the piece smaller itself."""
+        ...
+
+    def lose(self) -> None:
+        """The device is lost, and with it what is not saved elsewhere; `step` is not called any more."""
         ...
 
 
@@ -60,6 +69,7 @@ class SpareTime:
         self._before = 0.0  # seconds of the piece under way, before it was interrupted
         self._recent: deque[_Piece] = deque()
         self._tokens = 0  # since the start
+        self._abandoned = 0  # pieces, since the start
         self._training_threads = self._threads = torch.get_num_threads()
         self._serving_threads = serving_threads or self._training_threads
 
@@ -89,10 +99,16 @@ class SpareTime:
         try:
             done = self._work.step(tokens, give_way)
             self._work_left = done > 0
+        except PieceAbandoned as why:
+            log.warning("a piece of training is done again, smaller: %s", why)
+            self._abandoned += 1
+            self._share.abandoned(self._lap())
+            return True
         except Exception:
             log.exception("idle work failed; trying again in %g s", _PAUSE_SECONDS)
             self._paused_until = time.monotonic() + _PAUSE_SECONDS
-            done = 0
+            self._share.abandoned(self._lap())
+            return True
         seconds = self._lap()
         if done:
             self._share.trained(seconds, done, before=self._before)
@@ -102,8 +118,8 @@ class SpareTime:
 
     @property
     def overdue(self) -> bool:
-        """The piece that is under way has taken as long as one may."""
-        return time.perf_counter() - self._since >= PAUSE_SECONDS
+        """The piece that is under way has taken as long as it may without looking who asks."""
+        return time.perf_counter() - self._since >= self._share.pause_left
 
     def interrupt(self) -> None:
         """Serving comes first for a while."""
@@ -134,13 +150,20 @@ class SpareTime:
         if self._work_left:
             self._share.waited(seconds)
 
+    def lose(self) -> None:
+        """The device is lost."""
+        if self._work is not None:
+            self._work.lose()
+
     def stats(self) -> dict[str, Any]:
-        """`share` and `tokens_per_second` are of the last ten seconds. The latencies are between two tokens of a
-        stream, as they were and as they would have been without training; None before there were any."""
+        """`out_of_memory` are pieces that had to be done again. `share` and `tokens_per_second` are of the last ten
+        seconds. The latencies are between two tokens of a stream, as they were and as they would have been without
+        training; None before there were any."""
         self._forget(time.perf_counter())
         return {
             "runs": self._work.running if self._work else 0,
             "tokens": self._tokens,
+            "out_of_memory": self._abandoned,
             "share": round(min(1.0, sum(p.seconds for p in self._recent) / _RECENT_SECONDS), 3),
             "tokens_per_second": round(sum(p.tokens for p in self._recent) / _RECENT_SECONDS, 1),
             "latency_slo": self._share.slo,

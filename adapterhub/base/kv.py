@@ -6,6 +6,7 @@ Only the engine's thread may call this.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -30,14 +31,25 @@ class KVShape(NamedTuple):
 
 
 class KVCache:
-    """`nbytes` of keys and values for the layers in `shapes`. On a CPU pages are taken only as tokens fill them."""
+    """`nbytes` of keys and values for the layers in `shapes`. On a CPU pages are taken only as tokens fill them.
+
+    What has as many numbers for a token, in most bases all of it, is one piece of memory: a block is cleared in one go.
+    """
 
     def __init__(self, shapes: Mapping[int, KVShape], nbytes: int, dtype: torch.dtype, device: torch.device) -> None:
         per_token = sum(s.numel for s in shapes.values()) * dtype.itemsize
         num_blocks = nbytes // (per_token * BLOCK)
         slots = num_blocks * BLOCK
-        self._k = {i: _lazy_zeros((slots, s.heads, s.key_dim), dtype, device) for i, s in shapes.items()}
-        self._v = {i: _lazy_zeros((slots, s.heads, s.value_dim), dtype, device) for i, s in shapes.items()}
+        parts = [(s.heads, dim) for s in shapes.values() for dim in (s.key_dim, s.value_dim)]
+        self._pieces = {
+            width: _lazy_zeros((count, num_blocks, BLOCK * width), dtype, device)
+            for width, count in Counter(heads * dim for heads, dim in parts).items()
+        }
+        left = {width: iter(piece) for width, piece in self._pieces.items()}
+        caches = [next(left[heads * dim]).view(slots, heads, dim) for heads, dim in parts]
+        self._k = dict(zip(shapes, caches[::2], strict=True))
+        self._v = dict(zip(shapes, caches[1::2], strict=True))
+        self._cleared = torch.zeros(num_blocks, dtype=torch.long, device=device)  # which blocks; nothing else is needed
         self.blocks = BlockTable(num_blocks, self._clear)
 
     @property
@@ -77,9 +89,10 @@ class KVCache:
 
     def _clear(self, blocks: list[int]) -> None:
         """A masked NaN still spoils a sum, so what one sequence left in a block must not reach the next."""
-        index = torch.tensor(blocks, device=next(iter(self._k.values())).device)
-        for cache in (*self._k.values(), *self._v.values()):
-            self._paged(cache).index_fill_(0, index, 0)
+        numbers = torch.tensor(blocks, pin_memory=self._cleared.is_cuda)  # or the host would wait for the device
+        index = self._cleared[: len(blocks)].copy_(numbers, non_blocking=True)
+        for piece in self._pieces.values():
+            piece.index_fill_(1, index, 0)
 
 
 def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,10 +16,18 @@ from transformers.utils.logging import disable_progress_bar
 
 from adapterhub.base.batch import Batch, Slot, Span
 from adapterhub.base.embedded import base_name, base_path
-from adapterhub.base.inject import multiplex, quantize_linears, take_over_attention
+from adapterhub.base.inject import (
+    groups_of,
+    inputs_of_linears,
+    merge,
+    multiplex,
+    quantize_linears,
+    take_over_attention,
+)
 from adapterhub.base.kv import KVShape, ShapeProbe
 from adapterhub.base.quantize import Precision
 from adapterhub.base.settle import settle
+from adapterhub.base.triton import usable
 from adapterhub.config import Config
 from adapterhub.errors import BadRequest
 from adapterhub.swap.layout import Layout
@@ -35,6 +45,7 @@ class Base:
     model: PreTrainedModel
     tokenizer: Any  # transformers' fast tokenizer
     layout: Layout  # every linear an adapter can target
+    groups: list[list[str]]  # of those, neighbours that read the same input: q, k, v; gate, up
     slot: Slot
     kv_shapes: dict[int, KVShape]
     fingerprint: str
@@ -52,6 +63,11 @@ class Base:
         """How many logits a token has, which may be more than the tokenizer knows tokens."""
         return self.model.config.get_text_config().vocab_size
 
+    @property
+    def width(self) -> int:
+        """Numbers of a token between two layers."""
+        return self.model.config.get_text_config().hidden_size
+
     def logits(self, batch: Batch, rows: torch.Tensor) -> torch.Tensor:
         """One forward; logits [len(rows), vocabulary] of the rows asked for."""
         with self.slot.running(batch):
@@ -68,7 +84,7 @@ def load_base(config: Config) -> Base:
     """Loads `config.base`. Raises BadRequest, saying what to do, when it cannot be served."""
     name = base_name(config.base, config.base_name)
     path = base_path(config.base)
-    device = _device(config.device)
+    device = device_of(config.device)
     try:
         disable_progress_bar()
         dtype = _dtype(config.dtype, AutoConfig.from_pretrained(path))
@@ -79,7 +95,16 @@ def load_base(config: Config) -> Base:
             f"{config.base!r} cannot be loaded as a base: {error}\nGive --base a transformers directory with a causal "
             "language model and its tokenizer, or a hub name."
         ) from error
-    return prepare_base(name, model, tokenizer, device, _precision(config.quantize))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        return prepare_base(name, model, tokenizer, device, _precision(config.quantize))
+
+
+def load_bases(config: Config) -> list[Base]:
+    """`config.base` once for each of `config.devices`, or for `config.device` alone. Raises BadRequest."""
+    devices = config.devices or (config.device,)
+    for name in devices:
+        device_of(name)  # so that all are known to be there before the first is loaded
+    return [load_base(replace(config, device=name)) for name in devices]
 
 
 def prepare_base(
@@ -93,9 +118,11 @@ def prepare_base(
     slot = take_over_attention(model)
     probe = _probe(model, slot, device)
     layout = multiplex(model, probe.linears, slot)
-    fingerprint = _fingerprint(model)  # of the weights as they were, so that adapters serve on either
+    fingerprint = fingerprint_of(model)  # of the weights as they were, so that adapters serve on either
     if quantized is not None:
         quantize_linears(model, quantized)
+    elif usable(device):
+        merge(model, probe.groups)
     if device.type == "cpu":
         settle(model)
     ends = model.generation_config.eos_token_id if model.generation_config else None
@@ -106,6 +133,7 @@ def prepare_base(
         model=model,
         tokenizer=tokenizer,
         layout=layout,
+        groups=probe.groups,
         slot=slot,
         kv_shapes=probe.kv_shapes,
         fingerprint=fingerprint,
@@ -119,6 +147,7 @@ def prepare_base(
 @dataclass(frozen=True)
 class _Probe:
     linears: list[str]
+    groups: list[list[str]]
     kv_shapes: dict[int, KVShape]
 
 
@@ -128,34 +157,24 @@ def _probe(model: PreTrainedModel, slot: Slot, device: torch.device) -> _Probe:
     Raises BadRequest for a base whose layers keep state elsewhere (recurrent ones), which could not be served.
     """
     head = model.get_output_embeddings()
-    linears: list[str] = []
-    hooks = []
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            if args[0].numel() == _PROBE_TOKENS * args[0].shape[-1]:
-                linears.append(name)
+    def reads_tokens(linear: nn.Linear, x: torch.Tensor) -> bool:
+        return linear is not head and x.numel() == _PROBE_TOKENS * x.shape[-1]
 
-        return hook
-
-    for name, module in model.named_modules():
-        if type(module) is nn.Linear and module is not head:
-            hooks.append(module.register_forward_pre_hook(note(name)))
     tokens = torch.arange(_PROBE_TOKENS, device=device)
     kept = ShapeProbe()
     batch = Batch(tokens, tokens, [Span(0, _PROBE_TOKENS, _PROBE_TOKENS)], [], kept)
-    with torch.no_grad(), slot.running(batch):
-        model(input_ids=tokens.unsqueeze(0), position_ids=tokens.unsqueeze(0), use_cache=False)
-    for hook in hooks:
-        hook.remove()
+    ids = tokens.unsqueeze(0)
+    with slot.running(batch):
+        forward = partial(model, input_ids=ids, position_ids=ids, use_cache=False)
+        inputs = inputs_of_linears(model, reads_tokens, forward)
     layers = model.config.get_text_config().num_hidden_layers
     if len(kept.shapes) != layers:
         raise BadRequest(
             f"{type(model).__name__} has {layers} layers, of which only {len(kept.shapes)} keep their state in "
             "attention. Such a base cannot be served; choose a transformer with attention in every layer."
         )
-    order = {name: i for i, (name, _) in enumerate(model.named_modules())}
-    return _Probe(sorted(set(linears), key=order.__getitem__), kept.shapes)
+    return _Probe(list(inputs), groups_of(inputs), kept.shapes)
 
 
 def _context(config: Any) -> int:
@@ -176,16 +195,21 @@ def _precision(text: str | None) -> Precision | None:
         raise BadRequest(f"--quantize {text!r} is not one of {', '.join(Precision)}.") from error
 
 
-def _device(text: str) -> torch.device:
+def device_of(text: str) -> torch.device:
+    """The device that `--device` names: of a GPU, always with its number. Raises BadRequest."""
     if text == "auto":
         return torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(text)
     except RuntimeError as error:
         raise BadRequest(f"--device {text!r} is not a device; use auto, cpu or cuda:N.") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BadRequest(f"--device {text!r}: this machine has no CUDA device that torch can use.")
-    return device
+    if device.type != "cuda":
+        return device
+    if not torch.cuda.is_available():
+        raise BadRequest(f"There is no {text}: this machine has no CUDA device that torch can use. Give cpu instead.")
+    if (index := device.index or 0) >= (count := torch.cuda.device_count()):
+        raise BadRequest(f"There is no {text}: torch finds cuda:0 to cuda:{count - 1}. Give one of those.")
+    return torch.device("cuda", index)
 
 
 def _dtype(text: str, config: Any) -> torch.dtype:
@@ -198,7 +222,7 @@ def _dtype(text: str, config: Any) -> torch.dtype:
     return _DTYPES.get(name, torch.bfloat16)
 
 
-def _fingerprint(model: PreTrainedModel) -> str:
+def fingerprint_of(model: nn.Module) -> str:
     """Names the base by its weights: shapes, and a sample of each parameter's values as bfloat16, so that the same
     checkpoint has the same fingerprint in whatever precision it is loaded."""
     digest = hashlib.sha256()

@@ -17,7 +17,8 @@ class Sampling:
     """How the next token is chosen. temperature 0 is greedy; `top_p` keeps the smallest set of tokens of that mass.
 
     The penalties are taken off the logits of tokens that were produced: `frequency_penalty` for each time,
-    `presence_penalty` once. `logprobs` asks for each token's log probability, and those of that many best ones.
+    `presence_penalty` once. `logprobs` asks for each token's log probability, and those of that many best ones,
+    `prompt_logprobs` for the same of the prompt's tokens. With `max_tokens` 0 the prompt is computed and no more.
     """
 
     temperature: float = 1.0
@@ -30,11 +31,12 @@ class Sampling:
     presence_penalty: float = 0.0
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
 
 
 @dataclass(frozen=True)
 class Request:
-    """One sequence to continue. `adapter` None asks for the base itself."""
+    """One sequence to continue; no two under way have one `id`. `adapter` None asks for the base itself."""
 
     id: str
     prompt: list[int]
@@ -51,10 +53,13 @@ class Finish(StrEnum):
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a request's adapter was found, and how long it took to bring it to the device."""
+    """Where a request's adapter was found, how long it took to bring it to the device, how long the request was in the
+    queue before its first step, and how many tokens of its prompt were in the KV cache by then."""
 
     tier: Tier
     load_ms: float
+    queued_ms: float
+    cached_tokens: int
 
 
 class Logprob(NamedTuple):
@@ -64,7 +69,7 @@ class Logprob(NamedTuple):
 
 @dataclass(frozen=True)
 class Token:
-    """A chosen token. Log probabilities are those of the model, before temperature, penalties and bias."""
+    """A token of an answer or a prompt. Log probabilities are the model's, before temperature, penalties and bias."""
 
     id: int
     logprob: float | None = None
@@ -73,13 +78,18 @@ class Token:
 
 @dataclass(frozen=True)
 class Output:
-    """News of one request: a token, its end, or its failure. `origin` comes with the first token."""
+    """News of one request: a token, its end, or its failure.
+
+    With the first comes `origin`, and `prompt`, where that was asked for: the prompt's tokens from the second on, as
+    nothing is said of how likely the first is.
+    """
 
     request: str
     token: Token | None = None
     finish: Finish | None = None
     error: HubError | None = None
     origin: Origin | None = None
+    prompt: tuple[Token, ...] = ()
 
     @property
     def last(self) -> bool:

@@ -1,8 +1,10 @@
-"""Chooses the next token of every row of a step, all rows together."""
+"""Chooses the next token of every row of a step, all rows together; and says how likely tokens of prompts were."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -27,14 +29,15 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], end_tokens: frozenset
     """
     if not sequences:
         return []
-    barred = _barred(sequences, end_tokens)  # first: on a GPU, the forward is under way meanwhile
+    # first: on a GPU, the forward is under way meanwhile
+    barred, changes = _barred(sequences, end_tokens), _changes(sequences, end_tokens)
     logits = logits.float()
     asked = [i for i, s in enumerate(sequences) if s.request.sampling.logprobs is not None]
     plain = logits[asked].log_softmax(-1) if asked else None
     if barred is not None:
         _bar(logits, *barred)
-    for row, sequence in zip(logits, sequences, strict=True):
-        _adjust(row, sequence, end_tokens)
+    if changes.rows:
+        _change(logits, changes)
     best, tokens = logits.max(-1)  # a NaN anywhere in a row becomes its maximum
     drawn = [i for i, s in enumerate(sequences) if s.request.sampling.temperature > 0]
     if drawn:
@@ -47,6 +50,22 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence], end_tokens: frozenset
         for at, i in enumerate(asked):
             chosen[i] = _with_logprobs(chosen[i], plain[at], sequences[i].request.sampling.logprobs or 0)
     return chosen
+
+
+def score(logits: torch.Tensor, rows: Seq[tuple[Sequence, int]]) -> list[Token | None]:
+    """logits [n, vocabulary] of n rows, each a sequence and a place in its prompt -> the token that follows there, with
+    the log probabilities that are asked for; None for a row whose numbers are not finite."""
+    if not rows:
+        return []
+    logprobs = logits.float().log_softmax(-1)
+    tokens = [sequence.tokens[place + 1] for sequence, place in rows]
+    counts = [sequence.request.sampling.prompt_logprobs or 0 for sequence, _ in rows]
+    values = logprobs.gather(1, torch.tensor(tokens, device=logits.device).unsqueeze(1)).squeeze(1).tolist()
+    best, ids = (part.tolist() for part in logprobs.topk(max(counts)))
+    return [
+        Token(token, value, tuple(map(Logprob, ids[i][:count], best[i][:count]))) if math.isfinite(value) else None
+        for i, (token, value, count) in enumerate(zip(tokens, values, counts, strict=True))
+    ]
 
 
 def _barred(sequences: Seq[Sequence], end_tokens: frozenset[int]) -> tuple[list[int], torch.Tensor] | None:
@@ -80,24 +99,50 @@ def _bar(logits: torch.Tensor, rows: list[int], barred: torch.Tensor) -> None:
         logits.index_add_(0, torch.tensor(rows, device=logits.device), added)
 
 
-def _adjust(row: torch.Tensor, sequence: Sequence, end_tokens: frozenset[int]) -> None:
-    """Penalties, bias, and no early end, in place on one row [vocabulary]."""
-    sampling = sequence.request.sampling
-    if (sampling.frequency_penalty or sampling.presence_penalty) and sequence.counts:
-        seen = torch.tensor(list(sequence.counts), device=row.device)
-        times = torch.tensor(list(sequence.counts.values()), device=row.device)
-        row[seen] -= sampling.frequency_penalty * times + sampling.presence_penalty
-    if sampling.logit_bias:
-        row[list(sampling.logit_bias)] += torch.tensor(list(sampling.logit_bias.values()), device=row.device)
-    if end_tokens and sequence.produced < sampling.min_tokens and sequence.matcher is None:
-        row[list(end_tokens)] = float("-inf")
+class _Changes(NamedTuple):
+    """`added` to the logits of `tokens` in `rows`, place by place; no place is named twice."""
+
+    rows: list[int]
+    tokens: list[int]
+    added: list[float]
+
+
+def _changes(sequences: Seq[Sequence], end_tokens: frozenset[int]) -> _Changes:
+    """Penalties, bias, and no early end: what they are for all rows that have any."""
+    changes = _Changes([], [], [])
+    for row, sequence in enumerate(sequences):
+        if wanted := _wanted(sequence, end_tokens):
+            changes.rows.extend([row] * len(wanted))
+            changes.tokens.extend(wanted)
+            changes.added.extend(wanted.values())
+    return changes
+
+
+def _wanted(sequence: Sequence, end_tokens: frozenset[int]) -> dict[int, float]:
+    """Of one row, by token."""
+    sampling, wanted = sequence.request.sampling, dict[int, float]()
+    if sampling.frequency_penalty or sampling.presence_penalty:
+        often, once = sampling.frequency_penalty, sampling.presence_penalty
+        wanted = {token: -(often * times + once) for token, times in sequence.counts.items()}
+    for token, bias in sampling.logit_bias.items():
+        wanted[token] = wanted.get(token, 0.0) + bias
+    if sequence.produced < sampling.min_tokens and sequence.matcher is None:
+        wanted.update(dict.fromkeys(end_tokens, -math.inf))
+    return wanted
+
+
+def _change(logits: torch.Tensor, changes: _Changes) -> None:
+    """In place. Adds, as `_bar` does."""
+    device = logits.device
+    rows, tokens = (torch.tensor(each, device=device) for each in (changes.rows, changes.tokens))
+    logits[rows, tokens] += torch.tensor(changes.added, dtype=logits.dtype, device=device)
 
 
 def _draw(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     samplings = [s.request.sampling for s in sequences]
     temperature = torch.tensor([s.temperature for s in samplings], device=logits.device).clamp_min(_COLDEST)
     top_p = torch.tensor([s.top_p for s in samplings], device=logits.device)
-    uniform = torch.tensor([s.rng.random() for s in sequences], dtype=torch.float64, device=logits.device)
+    uniform = torch.tensor([s.draw() for s in sequences], dtype=torch.float64, device=logits.device)
     # without the maximum taken off first, a temperature near zero would make every logit infinite
     below = logits - logits.amax(-1, keepdim=True)
     weights = (below / temperature.unsqueeze(1)).exp().nan_to_num(0.0)

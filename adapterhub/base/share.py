@@ -1,29 +1,29 @@
 """How training shares the device with those who wait for tokens, as plain data: told what each step of serving and each
 piece of training cost, it says how many tokens the next piece may have. It has no clock, and knows no model.
 
-A piece between two steps of serving delays the next token of every stream. What may not grow is the 95th percentile of
-the time between a stream's tokens, by more than the factor `slo` over what it is without training. Two ways are left:
+A piece of training can be interrupted between any two layers of the base, and goes on later. What it takes between two
+steps of serving delays the next token of every stream. What may not grow is the 95th percentile of the time between a
+stream's tokens, by more than the factor `slo` over what it is without training. Two ways are left:
 
-- a piece that is shorter than (slo - 1) steps delays no token by too much, and may come after every step. The base's
-  weights are read twice for a piece and once for a step, so that few are as short as that: large batches, a high slo;
-- up to 5% of the tokens may be late by however much. One step in 22 may wait in a long pause, for a piece or more.
-  Those that are late by themselves count too, so that a machine with troubles of its own gives training less. Long is
-  0.3 seconds, for a stream should not seem to hang; and of the time, training takes no more than 60%, and is given no
-  less than 4%.
+- a piece that is done in less than (slo - 1) steps delays no token by too much, and may come after every step. The
+  base's weights are read twice for a piece and once for a step, so that few are as short as that: large batches, a high
+  slo;
+- up to 5% of the tokens may be late by however much. One step in 22 may wait in a long pause, in which large pieces are
+  worked on. Those that are late by themselves count too, so that a machine with troubles of its own gives training
+  less. Long is 0.45 seconds, for a stream should not seem to hang; and of the time, training takes no more than 60%,
+  and is given no less than 4%.
 
-A piece is interrupted between two layers of the base when a request comes, or when it takes longer than that all the
-same, as one with a single long example does; what is left of it goes on when a piece may.
-
-While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all, in the largest pieces.
+While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all.
 """
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import deque
 
 _EVERY = 22  # steps for each that may be late: less than 5%, and so in any 220 tokens of a stream
-PAUSE_SECONDS = 0.3  # a long one
+_PAUSE = 0.45  # seconds of a long one
 _MOST, _LEAST = 0.6, 0.04  # of the time, while both want the device
 _STEPS = 256  # whose costs are remembered
 _MOST_DEBT = 3.0  # late steps that are still paid for
@@ -40,7 +40,7 @@ class Share:
         self._idle: deque[float] = deque(maxlen=_STEPS)  # seconds of steps with tokens for streams, by themselves
         self._gaps: deque[float] = deque(maxlen=_STEPS)  # the same with the pieces before them
         self._pause = 0.0  # seconds of the pieces since the last step
-        self._longest = 0.0  # seconds of the longest of them
+        self._halfway = False  # through a piece that was interrupted
         self._credit = 1.0  # steps that may be late; below 0 where more were
         self._alone = True  # nobody asked when the last piece began
         self._due = 0.0  # seconds that training may have, of its most
@@ -54,28 +54,34 @@ class Share:
     def served(self, seconds: float, *, streams: bool) -> None:
         """A step of serving, without the pieces before it; `streams`: it made a token that follows another."""
         self.waited(seconds)
-        self._due = min(self._due + seconds * _MOST / (1 - _MOST), PAUSE_SECONDS)
+        self._due = min(self._due + seconds * _MOST / (1 - _MOST), _PAUSE)
         if streams:
             self._note_gap(seconds)
-        self._pause = self._longest = self._room = 0.0
+        self._pause = self._room = 0.0
 
     def waited(self, seconds: float) -> None:
         """Training had to wait, and nothing was served either."""
-        self._owed = min(self._owed + seconds * _LEAST, PAUSE_SECONDS)
+        self._owed = min(self._owed + seconds * _LEAST, _PAUSE)
 
     def trained(self, seconds: float, tokens: int, *, before: float = 0.0) -> None:
         """A piece, or what was left of one that was interrupted after `before` seconds."""
+        self._halfway = False
         self.costs.note(before + seconds, tokens)
         self._note_training(seconds)
 
     def interrupted(self, seconds: float) -> None:
         """A piece that is not done yet makes way for serving after so long."""
+        self._halfway = True
+        self._note_training(seconds)
+
+    def abandoned(self, seconds: float) -> None:
+        """A piece came to nothing after so long, or so long after it was interrupted."""
+        self._halfway = False
         self._note_training(seconds)
 
     def _note_training(self, seconds: float) -> None:
         if not self._alone:
             self._pause += seconds
-            self._longest = max(self._longest, seconds)
             self._due -= seconds
             self._owed = max(self._owed - seconds * (1 - _LEAST), -seconds)
 
@@ -88,12 +94,17 @@ class Share:
         if self._alone:
             return self.costs.most  # the larger, the cheaper; who comes interrupts it
         if self._pause:
-            return 0 if first else self._rest_of_pause()
-        if self._owed >= PAUSE_SECONDS:
-            return self.costs.tokens(PAUSE_SECONDS)
+            return 0 if first or self._room else self._long_tokens(self._short_tokens(self._short_room))
+        if self._owed >= _PAUSE:
+            return self._long_tokens(self._short_tokens(self._short_room))
         return 0 if first else self._between_tokens()
 
     # -- what is known
+
+    @property
+    def pause_left(self) -> float:
+        """Seconds that training may still take before the next step, without what is under way."""
+        return _PAUSE - self._pause
 
     @property
     def idle_p95(self) -> float | None:
@@ -122,27 +133,38 @@ class Share:
 
     def _between_tokens(self) -> int:
         may_be_late = self._credit >= 1
-        room = (self.slo - 1) * statistics.median(self._idle) if self._idle else 0.0
-        short = self._short_tokens(room)
-        if may_be_late and self._due >= PAUSE_SECONDS and (self._short_works or not short):
-            return self.costs.tokens(PAUSE_SECONDS)
-        if not short or not (may_be_late or self._short_works):
+        room = self._short_room
+        could = self._short_tokens(room)
+        may_be_short = not self._halfway and not self._steps_to_wait and self._due >= room
+        short = could if may_be_short else 0
+        if may_be_late and self._due >= _PAUSE and (self._short_works or not short):
+            return self._long_tokens(could)
+        if not short or not (may_be_late or (self._short_works and self._credit > 0)):
             return 0
         self._room = room
         return short
 
+    @property
+    def _short_room(self) -> float:
+        """Seconds of a piece that may come after every step."""
+        return (self.slo - 1) * statistics.median(self._idle) if self._idle else 0.0
+
     def _short_tokens(self, room: float) -> int:
         """Of a piece that is done in that time; 0 where none is so short, as far as is known, or its tokens would cost
         more than double of what they cost in a long one."""
-        if self._steps_to_wait or self._due < room or room < self.costs.seconds(1):
+        costs = self.costs
+        if room < costs.seconds(1):
             return 0
-        short, long = self.costs.tokens(room), self.costs.tokens(PAUSE_SECONDS)
-        return short if self.costs.seconds(short) * long <= 2 * self.costs.seconds(long) * short else 0
+        short, long = costs.tokens(room), costs.most
+        return short if costs.seconds(short) * long <= 2 * costs.seconds(long) * short else 0
 
-    def _rest_of_pause(self) -> int:
-        """Another piece in a long pause, where there is time for one like those before it."""
-        left = PAUSE_SECONDS - self._pause
-        return 0 if self._room or left < self._longest else self.costs.tokens(left)
+    def _long_tokens(self, short: int) -> int:
+        """Of a piece in a long pause. It may be interrupted at the pause's end, except where short pieces, of so many
+        tokens, could come after every step: these cannot begin before it is done."""
+        left = self.pause_left
+        if self._halfway or not short:
+            return self.costs.most if left > 0 else 0
+        return self.costs.tokens(0.75 * left) if left > 0.25 * _PAUSE else 0
 
 
 class PieceCosts:
@@ -167,12 +189,22 @@ class PieceCosts:
         self._largest = max(self._largest, tokens)
         self._fit()
 
-    def seconds(self, tokens: int) -> float:
+    @property
+    def known(self) -> bool:
+        """Some piece has been seen."""
+        return self._largest > 0
+
+    def seconds(self, tokens: float) -> float:
+        """Of one piece."""
         return self._fixed + self._per_token * tokens
+
+    def seconds_of_all(self, tokens: float) -> float:
+        """Of so many tokens in as few pieces as can be."""
+        return math.ceil(tokens / self.most) * self._fixed + self._per_token * tokens
 
     def tokens(self, seconds: float) -> int:
         """As many as that time is enough for, and at least 1; at most double of what was ever tried."""
-        if not self._largest:
+        if not self.known:
             return min(self._FIRST, self.most)
         enough = (seconds - self._fixed) / self._per_token
         return max(1, int(min(enough, 2 * self._largest, self.most)))

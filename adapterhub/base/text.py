@@ -37,6 +37,11 @@ class TextCodec:
     def vocabulary(self) -> int:
         return self._tokenizer.get_vocab_size(with_added_tokens=True)
 
+    @cached_property
+    def longest(self) -> int:
+        """Bytes of the longest token: a text has no fewer tokens than its bytes by this."""
+        return max(len(self.token_bytes(token)) for token in range(self.vocabulary))
+
     @property
     def end(self) -> list[int]:
         """The token that ends a text, if the base has one."""
@@ -45,14 +50,26 @@ class TextCodec:
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """`special` adds what the base begins a text with, such as a beginning-of-sequence token."""
-        return self._tokenizer.encode(text, add_special_tokens=special).ids
+        return self.encode_all([text], special=special)[0]
 
     def encode_all(self, texts: Sequence[str], *, special: bool = False) -> list[list[int]]:
-        """`encode` of each, several at a time, while other threads run."""
+        """`encode` of each, several at a time, while other threads run: `encode_batch_fast` lets go of the interpreter,
+        which the tokenizer's own `encode` holds for as long as a text takes."""
         return [e.ids for e in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=special)]
 
     def decode(self, tokens: Sequence[int]) -> str:
         return self._tokenizer.decode(list(tokens), skip_special_tokens=True)
+
+    def pieces(self, prompt: str | Sequence[int]) -> list[str]:
+        """What each token of a text, or of some tokens, adds to the text: a character made of several comes with its
+        last, and what the base begins a text with adds nothing."""
+        if isinstance(prompt, str):
+            [encoding] = self._tokenizer.encode_batch([prompt], add_special_tokens=True)
+            marked = zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        else:
+            marked = zip(prompt, [0] * len(prompt), strict=True)
+        stream = DecodeStream(skip_special_tokens=False)
+        return ["" if added else stream.step(self._tokenizer, token) or "" for token, added in marked]
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token stands for, which need not be whole characters."""
@@ -72,6 +89,8 @@ class TextCodec:
         """
         if self._transformers.chat_template is None:
             raise BadRequest("This base has no chat template. Use /v1/completions with a plain prompt.")
+        if not self._knows_developers:
+            messages = [{**m, "role": "system"} if m["role"] == "developer" else m for m in messages]
         told = tools or any(m["role"] == "tool" or m.get("tool_calls") for m in messages)
         if told and not self.writes_tools:
             messages, tools = written_out(messages, tools, system=self._takes_system), ()
@@ -79,10 +98,6 @@ class TextCodec:
             return self._apply(messages, tools, reply)
         except (TemplateError, TypeError, KeyError) as error:
             raise BadRequest(f"The base's chat template refuses these messages: {error}", param="messages") from error
-
-    def chat(self, messages: list[Message], tools: Sequence[Tool] = ()) -> list[int]:
-        """The tokens of a conversation, up to where the assistant begins to reply."""
-        return self.encode(self.render(messages, reply=True, tools=tools))
 
     @cached_property
     def writes_tools(self) -> bool:
@@ -97,6 +112,12 @@ class TextCodec:
         calls = re.findall(f"{BEGIN}\\s*(\\{{.*\\}})\\s*{END}", text)
         as_written = json.dumps(_PROBE_CALL["function"])
         return "Finds it." in text and "It is here." in text and as_written in calls
+
+    @property
+    def _knows_developers(self) -> bool:
+        """Whether the chat template has a role of that name. To most it is a newer word for the system's, which they
+        would write as it is, a turn that the base has never seen."""
+        return "developer" in str(self._transformers.chat_template)
 
     @cached_property
     def _takes_system(self) -> bool:

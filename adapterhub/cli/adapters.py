@@ -12,11 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from adapterhub.cli import versions
-from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, Yes, confirm, console, print_json, show
+from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, Yes, confirm, console, print_json, show, stderr
 from adapterhub.cli.find import Several, Which, find
-from adapterhub.cli.formats import ago
+from adapterhub.cli.formats import ago, size
 from adapterhub.cli.imports import import_adapters
-from adapterhub.config import format_bytes
 from adapterhub.errors import Forbidden, HubError
 
 app = typer.Typer(help="Adapters: yours, and with an admin key everybody's.", no_args_is_help=True)
@@ -42,9 +41,10 @@ class Place(StrEnum):
     REMOTE = "remote"
 
 
-class Memory(StrEnum):
+class Cache(StrEnum):
     DEVICE = "device"
     RAM = "ram"
+    DISK = "disk"
 
 
 @app.command("list")
@@ -72,10 +72,11 @@ def list_adapters(
     found = [adapter for page in pages for adapter in page["data"]]
     if as_json:
         print_json(found)
-        return
-    show_adapters(found)
+    else:
+        show_adapters(found)
     if pages[-1]["has_more"]:
-        console.print(f"{len(found)} of {pages[-1]['total']}; --limit 0 shows all.")
+        out = stderr if as_json else console
+        out.print(f"{len(found)} of {pages[-1]['total']}; --limit 0 shows all.")
 
 
 def show_adapters(found: list[dict[str, Any]]) -> None:
@@ -94,7 +95,7 @@ def show_adapters(found: list[dict[str, Any]]) -> None:
     rows = [
         {
             **a,
-            "bytes": None if a["bytes"] is None else format_bytes(a["bytes"]),
+            "bytes": size(a["bytes"]),
             "versions": len(a["versions"]),
             "last_used_at": ago(a["last_used_at"]),
             "pinned": a["pinned"] and f"by {a['pinned']}",
@@ -169,22 +170,32 @@ def unpin(which: Several, as_json: Json = False, url: Url = DEFAULT_URL, key: Ke
 @app.command()
 def evict(
     which: Several,
-    tier: Annotated[Memory | None, typer.Option(help="Only from there; by default from device and RAM.")] = None,
+    tier: Annotated[
+        Cache | None,
+        typer.Option(help="Only from there; by default from device and RAM. From the disk where there is a store."),
+    ] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
-    """Take adapters out of memory; the next request loads them again. Needs an admin key."""
+    """Take adapters out of memory, or off the disk; the next request loads them again. Needs an admin key."""
     client = Client(url, key)
     answers = []
     body = {} if tier is None else {"tier": tier}
     for adapter, _ in find(client, which):
         answers.append(client.post(f"/admin/adapters/{adapter['id']}/evict", json=body))
         if not as_json:
-            later = "" if answers[-1]["evicted"] else " as soon as the requests that use it have ended"
-            console.print(f"Evicted {adapter['model']}{later}.")
+            console.print(_evicted(adapter["model"], tier, answers[-1]))
     if as_json:
         print_json(answers)
+
+
+def _evicted(model: str, tier: Cache | None, answer: dict[str, Any]) -> str:
+    if answer["evicted"]:
+        return f"Evicted {model}."
+    if tier is Cache.DISK:
+        return f"{model} stays on the disk: it is being read, or is not in the store yet. Try again in a moment."
+    return f"Evicted {model} as soon as the requests that use it have ended."
 
 
 @app.command("delete")

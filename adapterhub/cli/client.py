@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Annotated, Any, BinaryIO
+from typing import TYPE_CHECKING, Annotated, Any, BinaryIO
 
-import httpx
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.prompt import Confirm
 from rich.table import Table
+from rich.text import Text
 
 from adapterhub.errors import Forbidden, HubError, NotFound, Unauthorized
+
+if TYPE_CHECKING:
+    import httpx
 
 Url = Annotated[str, typer.Option("--url", envvar="ADAPTERHUB_URL", help="The server.")]
 Key = Annotated[str, typer.Option("--api-key", envvar="ADAPTERHUB_API_KEY", help="Your API key.", show_default=False)]
@@ -39,10 +42,15 @@ class Client:
     Unreachable, with what to do, when no server answers."""
 
     def __init__(self, url: str, key: str) -> None:
+        import httpx
+
         if not key:
             raise HubError("No API key. Set ADAPTERHUB_API_KEY, or give --api-key.")
+        options: dict[str, Any] = {"headers": {"Authorization": f"Bearer {key}"}, "timeout": 600}
+        if url.startswith("http://"):
+            options["verify"] = False  # there is nothing to verify, and reading the certificates takes 20 ms
         try:
-            self._http = httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600)
+            self._http = httpx.Client(base_url=url, **options)
         except (httpx.InvalidURL, UnicodeEncodeError) as error:
             raise HubError(f"--url {url!r} or the API key cannot be used: {error}.") from error
         self._url = url
@@ -64,10 +72,12 @@ class Client:
         """All items of a list."""
         return [item for page in self.pages(path, **params) for item in page["data"]]
 
-    def download(self, path: str, out: BinaryIO, **params: Any) -> None:
+    def download(self, path: str, out: BinaryIO, on_bytes: Callable[[int], object] = int, **params: Any) -> None:
+        """`on_bytes` is told how many came, each time that some have been written."""
         with self._streaming("GET", path, params=params) as answer:
             for chunk in answer.iter_bytes():
                 out.write(chunk)
+                on_bytes(len(chunk))
 
     def post(self, path: str, **body: Any) -> Any:
         return _json(self._ask("POST", path, **body))
@@ -108,6 +118,8 @@ class Client:
 
     @contextmanager
     def _reaching(self) -> Iterator[None]:
+        import httpx
+
         try:
             yield
         except httpx.RequestError as error:
@@ -148,11 +160,11 @@ def table_of(
     items: Iterable[Mapping[str, Any]], columns: Mapping[str, str], *, title: str = "", right: Collection[str] = ()
 ) -> Table:
     """A row for each object: its fields under the headings of `columns`, those in `right` set to the right."""
-    table = Table(title=title or None, title_justify="left")
+    table = Table(title=title or None, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
     for heading in columns:
         table.add_column(heading, overflow="fold", justify="right" if heading in right else "left")
     for item in items:
-        table.add_row(*("" if item.get(f) is None else escape(str(item[f])) for f in columns.values()))
+        table.add_row(*("" if item.get(f) is None else Text(str(item[f])) for f in columns.values()))
     return table
 
 
@@ -172,6 +184,8 @@ def confirm(question: str, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise HubError(f"{question} Nothing was done, as standard input is no terminal to answer on: give --yes.")
+    from rich.prompt import Confirm
+
     if not Confirm.ask(escape(question), default=False, console=console):
         console.print("Nothing was done.")
         raise typer.Exit(1)

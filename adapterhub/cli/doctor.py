@@ -14,12 +14,15 @@ from typing import TYPE_CHECKING, Annotated, NamedTuple
 import typer
 from rich.table import Table
 
-from adapterhub.cli.client import Json, console
+from adapterhub.cli.client import Json, Yes, confirm, console, stderr
+from adapterhub.cli.devices import told
 from adapterhub.config import Config, cache_dir, default_data_dir, format_bytes
 from adapterhub.errors import BadRequest, HubError
 
 if TYPE_CHECKING:
-    from adapterhub.swap.repair import Report
+    from adapterhub.swap.repair import Report, Unowned
+
+_SHOWN = 50  # of what a repair would remove
 
 
 class Finding(NamedTuple):
@@ -33,13 +36,16 @@ def doctor(
     store: Annotated[str | None, typer.Option(help="The object store that the server is started with.")] = None,
     repair: Annotated[
         bool,
-        typer.Option("--repair", help="Mend what can be mended, and remove what nobody owns. Stop the server first."),
+        typer.Option(
+            "--repair", help="Mend what can be mended; remove what nobody owns, once you agree. Stop the server first."
+        ),
     ] = False,
+    yes: Yes = False,
     as_json: Json = False,
 ) -> None:
-    """Check the installation, the device, the base and the stored data. Changes nothing without --repair."""
+    """Check the installation, the devices, the base and the stored data. Changes nothing without --repair."""
     config = Config(data_dir=data_dir.expanduser().resolve(), store=store)
-    findings = [*_installation(), *_stored(config, repair)]
+    findings = [*_installation(), *_stored(config, repair, yes)]
     if as_json:
         print(json.dumps([f._asdict() for f in findings], indent=2))
     else:
@@ -55,12 +61,12 @@ def _installation() -> Iterator[Finding]:
     import torch
     import transformers
 
+    from adapterhub.api.devices import of_machine
+
     yield Finding("python", True, platform.python_version())
     yield Finding("torch", True, f"{torch.__version__}, transformers {transformers.__version__}")
-    if torch.cuda.is_available():
-        yield Finding("device", True, f"cuda:0 {torch.cuda.get_device_name(0)}")
-    else:
-        yield Finding("device", True, f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads")
+    for name, hardware in of_machine().look().items():
+        yield Finding(f"device {name}", True, told(hardware.json))
     yield _try("embedded base", _embedded)
 
 
@@ -71,13 +77,13 @@ def _embedded() -> str:
     return f"converted, in {converted}" if converted.exists() else f"not converted yet; from {find_gguf()}"
 
 
-def _stored(config: Config, repairs: bool) -> Iterator[Finding]:
+def _stored(config: Config, repairs: bool, yes: bool) -> Iterator[Finding]:
     if not config.database.exists():
         yield Finding("data", True, f"{config.data_dir} holds no server's data yet")
         return
     yield Finding("disk", True, f"{format_bytes(shutil.disk_usage(config.data_dir).free)} free in {config.data_dir}")
     yield _try("database", lambda: _check_database(config))
-    yield _try("block files", lambda: _repair_blocks(config) if repairs else _check_blocks(config))
+    yield _try("block files", lambda: _repair_blocks(config, yes) if repairs else _check_blocks(config))
 
 
 def _check_database(config: Config) -> str:
@@ -104,7 +110,7 @@ def _check_blocks(config: Config) -> str:
         database.close()
 
 
-def _repair_blocks(config: Config) -> str:
+def _repair_blocks(config: Config, yes: bool) -> str:
     from adapterhub.swap.database import Database
     from adapterhub.swap.files import lock_directory
     from adapterhub.swap.repair import repair
@@ -113,11 +119,29 @@ def _repair_blocks(config: Config) -> str:
     if lock is None:
         raise BadRequest(f"A server is using {config.data_dir}. Stop it before you repair what it keeps there.")
     database = Database(config.database)
+
+    def agree(unowned: Unowned) -> None:
+        _ask_to_remove(unowned, yes)
+
     try:
-        return _told(repair(database, config.blobs_dir, config.store, config.data_dir))
+        return _told(repair(database, config.blobs_dir, config.store, config.data_dir, agree))
     finally:
         database.close()
         os.close(lock)
+
+
+def _ask_to_remove(unowned: Unowned, yes: bool) -> None:
+    """Names what nobody owns, if there is any, and asks whether it may go."""
+    names = [str(path) for path in unowned.files]
+    names += [f"{found.digest}, {format_bytes(found.nbytes)} in the store" for found in unowned.objects]
+    if not names:
+        return
+    for name in names[:_SHOWN]:
+        stderr.print(name, soft_wrap=True, markup=False)
+    if len(names) > _SHOWN:
+        stderr.print(f"... and {len(names) - _SHOWN} more")
+    count = f"{len(unowned.files)} file(s) and {len(unowned.objects)} object(s) in the store"
+    confirm(f"Remove {count}, which no version names? This cannot be undone.", yes)
 
 
 def _told(report: Report) -> str:
@@ -133,7 +157,7 @@ def _told(report: Report) -> str:
         lines.append(f"{report.unnamed} object(s) in the store that no version names: --repair removes them")
     lines += [f"mended: {name}" for name in report.mended]
     if report.removed:
-        lines.append(f"removed {report.removed} file(s) that no version names")
+        lines.append(f"removed {report.removed} file(s) and object(s) that no version names")
     if report.faults:
         raise HubError("\n".join(lines))
     return "\n".join(lines)

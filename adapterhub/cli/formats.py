@@ -5,9 +5,15 @@ from __future__ import annotations
 import re
 import time
 
+from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest
 
 _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
+
+
+def size(nbytes: int | None) -> str:
+    """1048576 -> "1.0 MiB"; "" for None, as of an adapter that has no release."""
+    return "" if nbytes is None else format_bytes(nbytes)
 
 
 def ago(when: float | None) -> str:

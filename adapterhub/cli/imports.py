@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO, Annotated, Any
+from typing import IO, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -128,8 +128,18 @@ def _in_directory(path: Path) -> list[Source]:
         if (entry / CONFIG_FILE).is_file():
             found.append(_directory(entry))
         elif entry.suffix.lower() == ".zip" and entry.is_file():
-            found += _in_zip(entry)
+            try:
+                found += _in_zip(entry)
+            except HubError as error:  # it fails when its turn comes, and does not hold up the others
+                found.append(_unreadable(entry, error))
     return found
+
+
+def _unreadable(path: Path, error: HubError) -> Source:
+    def refuse(_: str) -> NoReturn:
+        raise error
+
+    return Source(str(path), path.stem, refuse, refuse)
 
 
 def _directory(path: Path) -> Source:

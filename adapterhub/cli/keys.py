@@ -3,19 +3,22 @@ runs on it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from adapterhub.api.tenancy.keys import EVERYDAY, PREFIX, PROJECT, ApiKey, KeyStore, Scope
+from adapterhub.api.tenancy.terms import EVERYDAY, PROJECT, Scope
 from adapterhub.cli.client import Json, console, show
 from adapterhub.cli.formats import ago, duration, parse_duration
 from adapterhub.config import default_data_dir
 from adapterhub.errors import BadRequest, NotFound
-from adapterhub.swap.database import Database, now
+
+if TYPE_CHECKING:
+    from adapterhub.api.tenancy.keys import ApiKey, KeyStore
 
 app = typer.Typer(help="API keys.", no_args_is_help=True)
 DataDir = Annotated[Path, typer.Option(help="The server's data directory.")]
@@ -46,7 +49,7 @@ def create_key(
     if admin and scope:
         raise BadRequest("--admin gives all scopes. Give it, or --scope.")
     scopes = frozenset(Scope) if admin else frozenset(scope or EVERYDAY)
-    expires_at = None if expires is None else now() + round(parse_duration(expires))
+    expires_at = None if expires is None else int(time.time()) + round(parse_duration(expires))
     with _keys(data_dir) as keys:
         print(keys.make(owner, scopes, project=project, expires_at=expires_at).secret)
 
@@ -90,6 +93,9 @@ def rotate_key(
 
 @contextmanager
 def _keys(data_dir: Path) -> Iterator[KeyStore]:
+    from adapterhub.api.tenancy.keys import KeyStore
+    from adapterhub.swap.database import Database
+
     database = Database(data_dir.expanduser() / "hub.db")
     try:
         yield KeyStore(database)
@@ -99,6 +105,8 @@ def _keys(data_dir: Path) -> Iterator[KeyStore]:
 
 def _found(keys: KeyStore, key: str) -> ApiKey:
     """By its id or its secret. Raises NotFound, which does not repeat a secret."""
+    from adapterhub.api.tenancy.keys import PREFIX
+
     if not key.startswith(PREFIX):
         return keys.get(key)
     if (found := keys.find(key)) is None:
@@ -113,7 +121,7 @@ def _object(key: ApiKey) -> dict[str, Any]:
 def _row(key: ApiKey) -> dict[str, Any]:
     state = key.state
     if state == "active" and key.expires_at is not None:
-        ends = f"{state}, {duration(key.expires_at - now())} left"
+        ends = f"{state}, {duration(key.expires_at - time.time())} left"
     else:
         ends = str(state)
     return {**_object(key), "scopes": " ".join(sorted(key.scopes)), "state": ends, "last_use": ago(key.last_used_at)}

@@ -8,40 +8,41 @@ from typing import Annotated
 
 import typer
 
-from adapterhub import __version__
-from adapterhub.cli import adapters, jobs, keys, policy, tiers, usage, users
 from adapterhub.cli.client import print_error
-from adapterhub.cli.doctor import doctor
-from adapterhub.cli.erase import app as erase
-from adapterhub.cli.serve import serve
-from adapterhub.cli.top import top
+from adapterhub.cli.lazy import group_of
 from adapterhub.errors import HubError
 
+_COMMANDS = {
+    "serve": "adapterhub.cli.serve:serve",
+    "doctor": "adapterhub.cli.doctor:doctor",
+    "train": "adapterhub.cli.users:train",
+    "chat": "adapterhub.cli.users:chat",
+    "top": "adapterhub.cli.top:top",
+    "usage": "adapterhub.cli.usage:usage",
+    "keys": "adapterhub.cli.keys:app",
+    "adapters": "adapterhub.cli.adapters:app",
+    "jobs": "adapterhub.cli.jobs:app",
+    "tiers": "adapterhub.cli.tiers:app",
+    "policy": "adapterhub.cli.policy:app",
+    "quotas": "adapterhub.cli.usage:quotas",
+    "users": "adapterhub.cli.erase:app",
+}
+
 app = typer.Typer(
+    cls=group_of(_COMMANDS),
     name="adapterhub",
     help="A server for personal models: one resident base, one LoRA adapter per user, swapped in per request.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.add_typer(keys.app, name="keys")
-app.add_typer(adapters.app, name="adapters")
-app.add_typer(jobs.app, name="jobs")
-app.add_typer(tiers.app, name="tiers")
-app.add_typer(policy.app, name="policy")
-app.add_typer(usage.quotas, name="quotas")
-app.add_typer(erase, name="users")
-app.command()(serve)
-app.command()(doctor)
-app.command()(users.train)
-app.command()(users.chat)
-app.command()(top)
-app.command()(usage.usage)
 
 
 @app.callback(invoke_without_command=True)
 def root(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
     if version:
+        from adapterhub import __version__
+
         print(__version__)
         raise typer.Exit
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from adapterhub.cli.choices import Priority
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, console, print_json, show
 from adapterhub.cli.formats import duration, parse_duration
 from adapterhub.cli.simulate import simulate
@@ -23,12 +24,6 @@ class Where(StrEnum):
     DEVICE = "device"
     RAM = "ram"
     DISK = "disk"
-
-
-class Priority(StrEnum):
-    LOW = "low"
-    NORMAL = "normal"
-    HIGH = "high"
 
 
 _PRIORITIES = list(Priority)  # as the server counts them

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from contextlib import suppress
 from pathlib import Path
@@ -12,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 
 from adapterhub.api.logs import LogFormat, set_up_logs
-from adapterhub.config import Config, default_data_dir, format_bytes, is_loopback, parse_bytes
+from adapterhub.config import Config, default_data_dir, format_bytes, is_loopback, parse_bytes, parse_devices
+from adapterhub.errors import BadRequest
 
 
 def _size(text: str | None) -> int | None:
@@ -30,13 +32,17 @@ def serve(
     host: Annotated[str, typer.Option(help="The address to listen on.")] = Config.host,
     port: Annotated[int, typer.Option(min=0, max=65535, help="The port; 0 for any free one.")] = Config.port,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:N.")] = Config.device,
+    devices: Annotated[
+        str | None,
+        typer.Option(help="Several devices instead, as in 0,1: the base is on each, and requests are spread."),
+    ] = None,
     dtype: Annotated[str, typer.Option(help="auto (the checkpoint's), bfloat16, float16 or float32.")] = Config.dtype,
     quantize: Annotated[str | None, typer.Option(help="int8 or int4: keep the base's weights in fewer bits.")] = None,
     device_bytes: Annotated[
-        str | None, typer.Option(help="Budget of the device pool, as in 512MiB; by default the one set last.")
+        str | None, typer.Option(help="Budget of each device's pool, as in 512MiB; by default the one set last.")
     ] = None,
     ram_bytes: Annotated[
-        str | None, typer.Option(help="Budget of the host RAM tier; by default the one set last.")
+        str | None, typer.Option(help="Budget of each device's host RAM tier; by default the one set last.")
     ] = None,
     disk_bytes: Annotated[
         str | None, typer.Option(help="Budget of the block files on disk; by default the one set last.")
@@ -45,11 +51,13 @@ def serve(
         str | None,
         typer.Option(help="Keep adapters in this object store, as in s3://BUCKET/PREFIX; the disk caches them."),
     ] = None,
-    kv_bytes: Annotated[str | None, typer.Option(help="Budget of the KV cache.")] = None,
-    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once.")] = Config.max_batch,
+    kv_bytes: Annotated[str | None, typer.Option(help="Budget of each device's KV cache.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Sequences that run at once on a device.")] = Config.max_batch,
     train_latency_slo: Annotated[
         float, typer.Option(min=1, help="How much longer than without it tokens may take while jobs train: p95, times.")
     ] = Config.train_latency_slo,
+    train_jobs: Annotated[int, typer.Option(min=1, help="Jobs that train at once.")] = Config.train_jobs,
+    owner_jobs: Annotated[int, typer.Option(min=1, help="Of them, those of one owner.")] = Config.owner_jobs,
     drain_seconds: Annotated[
         float, typer.Option(min=0, help="How long answers have to end when the server is told to stop.")
     ] = Config.drain_seconds,
@@ -64,6 +72,8 @@ def serve(
     ] = False,
 ) -> None:
     """Serve a base and everybody's adapters over an OpenAI-compatible API."""
+    if devices is not None and device != Config.device:
+        raise BadRequest("Give --device for one device or --devices for several, not both.")
     options: dict[str, Any] = {
         "base": base,
         "base_name": base_name,
@@ -71,10 +81,13 @@ def serve(
         "host": host,
         "port": port,
         "device": device,
+        "devices": () if devices is None else parse_devices(devices),
         "dtype": dtype,
         "quantize": quantize,
         "max_batch": max_batch,
         "train_latency_slo": train_latency_slo,
+        "train_jobs": train_jobs,
+        "owner_jobs": owner_jobs,
         "store": store,
         "device_bytes": _size(device_bytes),
         "ram_bytes": _size(ram_bytes),
@@ -92,14 +105,18 @@ def serve(
 def _run(config: Config) -> None:
     from adapterhub.api.app import create_app
     from adapterhub.api.server import Server, listen
-    from adapterhub.base.model import load_base
+    from adapterhub.base.model import load_bases
 
     listener = listen(config.host, config.port)  # before the base is loaded, so that a busy port shows at once
     console = Console(highlight=False)
     console.print(f"Loading {config.base} ...")
-    app = create_app(config, load_base(config))
+    app = create_app(config, *load_bases(config))
 
     def announce() -> None:
+        # what is there now stays for good: without it among what the collector looks through, a full collection takes
+        # a few milliseconds instead of 200, for which all tokens would wait
+        gc.collect()
+        gc.freeze()
         _announce(console, app, config, listener.getsockname()[1])
 
     server = Server(app, listener, drain_seconds=config.drain_seconds, on_started=announce)
@@ -110,16 +127,19 @@ def _run(config: Config) -> None:
 def _announce(console: Console, app: Any, config: Config, port: int) -> None:
     hub = app.state.hub
     budgets = hub.engine.budgets
+    names = hub.engine.names
+    cores = f" ({os.cpu_count()} cores)" if hub.base.device.type == "cpu" else ""
     host = f"[{config.host}]" if ":" in config.host else config.host
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("AdapterHub", f"http://{host}:{port}/v1"),
         ("base", f"{hub.base.name} ({format_bytes(hub.base.nbytes)}, fingerprint {hub.base.fingerprint[:12]})"),
-        ("device", f"{hub.base.device} ({os.cpu_count()} cores)" if hub.base.device.type == "cpu" else hub.base.device),
+        ("device" if len(names) == 1 else "devices", ", ".join(names) + cores),
         (
             "budgets",
             f"device {format_bytes(budgets.device)}, RAM {format_bytes(budgets.ram)}, disk "
-            f"{format_bytes(hub.disk.files.budget)}, KV {format_bytes(budgets.kv)} ({hub.engine.kv.capacity} tokens)",
+            f"{format_bytes(hub.disk.files.budget)}, KV {format_bytes(budgets.kv)} ({hub.engine.kv_tokens} tokens)"
+            + (", each device's but for the disk's; tokens on all" if len(names) > 1 else ""),
         ),
         ("data", str(config.data_dir)),
         *([("store", config.store)] if config.store else []),

@@ -17,7 +17,7 @@ from adapterhub.cli.client import Json, console, print_json, stderr
 from adapterhub.cli.pictures import check_png
 from adapterhub.config import Config, default_data_dir, format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
-from adapterhub.swap.policies import Policy
+from adapterhub.swap.policies import Policy, Rules
 
 if TYPE_CHECKING:
     from adapterhub.swap.frames import Trace
@@ -67,7 +67,10 @@ def simulate(
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """Replay a trace under each policy and budget: hits, cold boots, bytes read. Changes nothing."""
+    """Replay a trace under each policy and budget: hits, cold boots, bytes read. Changes nothing.
+
+    A server's own trace is replayed with its times to live and owners' rules, as if on one device; pins play no part.
+    """
     from adapterhub.swap.simulate import Budgets, Setting, sweep
 
     if plot is not None:
@@ -76,14 +79,16 @@ def simulate(
         if data_dir is not None:
             raise BadRequest("Give --data-dir or --generate, not both.")
         trace = _generated(generate, adapters, requests, skew, ranks)
+        rules = Rules()
     else:
         for name, value in (("adapters", adapters), ("requests", requests), ("skew", skew), ("ranks", ranks)):
             if value is not None:
                 raise BadRequest(f"--{name} is for traces that are generated: give --generate too.")
-        trace = _recorded(Config(data_dir=(data_dir or default_data_dir()).expanduser()).trace_dir)
+        config = Config(data_dir=(data_dir or default_data_dir()).expanduser())
+        trace, rules = _recorded(config.trace_dir), _rules_of(config.database)
     pairs = itertools.product(*_budgets(trace, device_bytes, ram_bytes))
     policies = list(dict.fromkeys(policy or Policy))
-    settings = [Setting(Budgets(*pair), chosen) for pair in pairs for chosen in policies]
+    settings = [Setting(Budgets(*pair), chosen, rules) for pair in pairs for chosen in policies]
     runs = sweep(trace, settings)
     hidden = as_json or not stderr.is_terminal
     results = list(track(runs, "Replaying", len(settings), console=stderr, transient=True, disable=hidden))
@@ -109,6 +114,20 @@ def _recorded(directory: Path) -> Trace:
             "--data-dir, or --generate."
         )
     return trace
+
+
+def _rules_of(database: Path) -> Rules:
+    """What the operator has set on the server; the policies of which are those that are compared."""
+    from adapterhub.swap.database import Database
+    from adapterhub.swap.settings import Settings
+
+    if not database.exists():
+        return Rules()
+    opened = Database(database)
+    try:
+        return Settings(opened).rules()
+    finally:
+        opened.close()
 
 
 def _generated(law: Law, adapters: int | None, requests: int | None, skew: float | None, ranks: str | None) -> Trace:

@@ -1,4 +1,4 @@
-"""`adapterhub tiers`: budgets and use of device, RAM, disk and store, shown and set."""
+"""`adapterhub tiers`: budgets and use of device, RAM, disk and store, shown and set; and each device's own numbers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, console, print_json, table_of
+from adapterhub.cli.devices import devices_table, shortage
 from adapterhub.cli.formats import milliseconds, percent
 from adapterhub.config import format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
@@ -19,7 +20,8 @@ T = TypeVar("T")
 
 @app.callback(invoke_without_command=True)
 def show_tiers(context: typer.Context, as_json: Json = False, url: Url = DEFAULT_URL, key: Key = "") -> None:
-    """Show budgets, use, hits and load times of each tier; `set` changes the budgets. Needs an admin key."""
+    """Show budgets, use, hits and load times of each tier, and what runs on each device; `set` changes the budgets.
+    Needs an admin key."""
     if context.invoked_subcommand is None:
         _show(Client(url, key).get("/admin/tiers"), as_json)
 
@@ -27,8 +29,8 @@ def show_tiers(context: typer.Context, as_json: Json = False, url: Url = DEFAULT
 @app.command("set")
 def set_budgets(
     context: typer.Context,
-    device: Annotated[str | None, typer.Option(help="Budget of the device pool, as in 512MiB.")] = None,
-    ram: Annotated[str | None, typer.Option(help="Budget of the host RAM tier; 0 for none.")] = None,
+    device: Annotated[str | None, typer.Option(help="Budget of each device's pool, as in 512MiB.")] = None,
+    ram: Annotated[str | None, typer.Option(help="Budget of each device's host RAM tier; 0 for none.")] = None,
     disk: Annotated[str | None, typer.Option(help="Budget of the block files on disk.")] = None,
     as_json: Json = False,
     url: Url = DEFAULT_URL,
@@ -65,8 +67,18 @@ def _show(answer: dict[str, Any], as_json: bool) -> None:
         f"{format_bytes(device['largest_free_bytes'])} in one piece (fragmentation "
         f"{percent(device['fragmentation'])}). Moved together so far: {format_bytes(device['moved_bytes'])}."
     )
+    if swap_ins := [_swap_in(source, times) for source, times in device["load_ms"].items() if times is not None]:
+        console.print(f"From when an adapter was asked for until it was on the device: {'; '.join(swap_ins)}.")
     if "store" in tiers:
         console.print(f"The store is {tiers['store']['url']}.", soft_wrap=True, markup=False)
+    console.print(devices_table(answer["devices"]))
+    if (line := shortage(answer["engine"])) is not None:
+        console.print(line)
+
+
+def _swap_in(source: str, times: Mapping[str, float]) -> str:
+    name = {"ram": "RAM", "remote": "the store"}.get(source, source)
+    return f"from {name} p50 {milliseconds(times['p50'])}, p99 {milliseconds(times['p99'])}"
 
 
 def tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
@@ -80,24 +92,24 @@ def tiers_table(tiers: Mapping[str, Mapping[str, Any]]) -> Table:
         "Hits": "hits",
         "Hit ratio": "hit_ratio",
         "Loads": "loads",
-        "p50": "p50",
-        "p99": "p99",
+        "Read p50": "p50",
+        "Read p99": "p99",
         "Evictions": "evictions",
     }
-    rows = [{**tier, "tier": name, **_formatted(tier)} for name, tier in tiers.items()]
+    rows = [{**tier, "tier": name, **_formatted(name, tier)} for name, tier in tiers.items()]
     return table_of(rows, columns, right=[heading for heading in columns if heading != "Tier"])
 
 
-def _formatted(tier: Mapping[str, Any]) -> dict[str, str]:
-    """What a reader wants otherwise than the server says it. A store has no budget, and a device is loaded from
-    elsewhere: its load times are those of the other tiers."""
+def _formatted(name: str, tier: Mapping[str, Any]) -> dict[str, str]:
+    """What a reader wants otherwise than the server says it. A store has no budget, and nothing is read from a
+    device."""
     found = {}
     if "budget_bytes" in tier:
         used, budget = tier["used_bytes"], tier["budget_bytes"]
         share = f" ({percent(used / budget)})" if budget else ""
         found = {"budget": format_bytes(budget), "used": f"{format_bytes(used)}{share}"}
         found["hit_ratio"] = percent(tier["hit_ratio"])
-    if "load_ms" in tier:
+    if name != "device":
         times = tier["load_ms"] or {"p50": None, "p99": None}
-        found |= {name: milliseconds(times[name]) for name in ("p50", "p99")}
+        found |= {share: milliseconds(times[share]) for share in ("p50", "p99")}
     return found

@@ -13,7 +13,8 @@ from rich.console import Group
 from rich.live import Live
 
 from adapterhub.cli.client import DEFAULT_URL, Client, Key, Url, console, print_json, table_of
-from adapterhub.cli.formats import ago, percent
+from adapterhub.cli.devices import shortage
+from adapterhub.cli.formats import ago, percent, size
 from adapterhub.cli.tiers import tiers_table
 from adapterhub.config import format_bytes
 
@@ -95,6 +96,8 @@ def _view(seen: dict[str, Any], rates: Rates | None) -> Group:
         f"{engine['running']} running, {engine['waiting']} waiting, KV cache {percent(kv_used)} in use",
         _training(engine["training"]),
     ]
+    if (short := shortage(engine)) is not None:
+        lines.append(short)
     if rates is not None:
         lines.append(
             f"{rates.tokens:.0f} tokens/s, {rates.hits:.1f} adapters/s found on the device, {rates.loads:.1f}/s loaded"
@@ -108,8 +111,11 @@ def _view(seen: dict[str, Any], rates: Rates | None) -> Group:
         "Last use": "last_use",
         "Pinned": "pinned",
     }
-    adapters = [{**a, "size": format_bytes(a["bytes"]), "last_use": ago(a["last_used_at"])} for a in seen["adapters"]]
-    used = [a for a in adapters if a["last_used_at"] is not None]
+    used = [
+        {**a, "size": size(a["bytes"]), "last_use": ago(a["last_used_at"])}
+        for a in seen["adapters"]
+        if a["last_used_at"] is not None
+    ]
     right = ("Size", "Hits", "Loads", "Last use")
     return Group(*lines, tiers_table(seen["tiers"]), table_of(used, columns, right=right))
 

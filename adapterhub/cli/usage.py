@@ -9,8 +9,7 @@ from urllib.parse import quote
 
 import typer
 
-from adapterhub.api.tenancy.quotas import EVERYBODY
-from adapterhub.api.tenancy.usage import Group
+from adapterhub.api.tenancy.terms import EVERYBODY, Group
 from adapterhub.cli.client import DEFAULT_URL, Client, Json, Key, Url, print_json, show
 from adapterhub.config import format_bytes, parse_bytes
 from adapterhub.errors import BadRequest
@@ -56,7 +55,7 @@ def usage(
         raise BadRequest("Give --csv or --json, not both.")
     groups = by or ([Group.OWNER] if everybody else [Group.DAY])
     asked = {"group_by": groups, "from": first and first.date(), "to": last and last.date(), "owner": owner}
-    params = {name: value for name, value in asked.items() if value is not None}
+    params: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     path = "/admin/usage" if everybody or owner is not None else "/v1/usage"
     client = Client(url, key)
     if as_csv:

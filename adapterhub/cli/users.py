@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
+from adapterhub.cli.choices import Method, Priority
 from adapterhub.cli.client import DEFAULT_URL, Client, Key, Url, console
-from adapterhub.errors import HubError
+from adapterhub.errors import BadRequest, HubError
 
 _POLL_SECONDS = 0.5
 _PAGE = 100  # events that one look asks for
@@ -27,6 +29,15 @@ def train(
     go_on: Annotated[
         bool, typer.Option("--continue", help="Go on from what the adapter has learned, instead of from the base.")
     ] = False,
+    method: Annotated[Method, typer.Option(help="dpo for a FILE of preferences.")] = Method.SUPERVISED,
+    given: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A hyperparameter, as in n_epochs=3; repeatable."),
+    ] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Of the order of the data and of the start.")] = None,
+    priority: Annotated[Priority, typer.Option(help="Among your jobs that wait, and for a share of the device.")] = (
+        Priority.NORMAL
+    ),
     url: Url = DEFAULT_URL,
     key: Key = "",
 ) -> None:
@@ -35,10 +46,19 @@ def train(
     for path in (file, validation):
         if path is not None and not path.is_file():
             raise HubError(f"{path} is not a file.")
+    hyperparameters = dict(map(_hyperparameter, given or ()))
     model = _adapter(client, name) if go_on else client.get("/v1/models")["data"][0]["id"]
-    order = {"model": model, "training_file": _upload(client, file), "suffix": name}
+    order: dict[str, Any] = {
+        "model": model,
+        "suffix": name,
+        "method": {"type": method, method: {"hyperparameters": hyperparameters}},
+        "priority": priority,
+        "training_file": _upload(client, file),
+    }
     if validation is not None:
         order["validation_file"] = _upload(client, validation)
+    if seed is not None:
+        order["seed"] = seed
     job = client.post("/v1/fine_tuning/jobs", json=order)
     console.print(f"Job {job['id']} on {model}", markup=False)
     job = follow(client, job["id"], name)
@@ -50,6 +70,17 @@ def train(
     else:
         console.print(f"A candidate only: [bold]{job['fine_tuned_model']}[/bold]")
         console.print(f"Try: adapterhub chat {job['fine_tuned_model']}")
+
+
+def _hyperparameter(given: str) -> tuple[str, Any]:
+    """`NAME=VALUE`, the value in JSON or as a word. Raises BadRequest."""
+    name, equals, value = given.partition("=")
+    if not equals:
+        raise BadRequest(f'--set {given!r}: write NAME=VALUE, as in rank=8 or targets=["q_proj", "v_proj"].')
+    try:
+        return name, json.loads(value)
+    except ValueError:
+        return name, value
 
 
 def _upload(client: Client, path: Path) -> str:

@@ -12,7 +12,7 @@ import stat
 import threading
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +24,7 @@ from adapterhub.swap.locks import KeyedLocks
 from adapterhub.swap.policies import Item, Keeper, TierRules
 
 log = logging.getLogger(__name__)
+_USE_SECONDS = 60.0  # uses of a file that are closer to each other are one, to a later start
 
 
 class Named(NamedTuple):
@@ -99,9 +100,9 @@ class Blobs:
         """What rows say of files: whose they are, and which may be evicted from now on. Those without a file are
         left out."""
         with self._mutex:
-            for block in named:
-                if block.digest in self._keeper:
-                    self._count(block, self._size(block.digest))
+            here = [block for block in named if block.digest in self._keeper]
+            for block in sorted(here, key=lambda block: self._keeper.last_use(block.digest)):  # that stays their order
+                self._count(block, self._size(block.digest))
             self.obey()
 
     def touch(self, digest: str) -> None:
@@ -109,6 +110,9 @@ class Blobs:
         with self._mutex:
             if digest in self._keeper:
                 self._keeper.touch(digest, time.monotonic())
+            evictable = digest in self._safe
+        if evictable:
+            _note_use(self.path(digest))
 
     def pin(self, digest: str, pinned: bool) -> None:
         with self._mutex:
@@ -207,6 +211,17 @@ class Blobs:
             self._evict(chosen)
             return bool(chosen)
 
+    def evict_file(self, digest: str) -> bool:
+        """Evicts that file, if there is one, even a pinned one; False when it must stay: the store does not have it
+        yet, or somebody holds it."""
+        with self._mutex:
+            if digest not in self._keeper:
+                return True
+            if not self._evictable(digest):
+                return False
+            self._evict([digest])
+            return True
+
     def check_integrity(self) -> None:
         """Raises AssertionError unless the numbers are those of the files. Nothing may be under way."""
         found = {name.removesuffix(SUFFIX): size for name, size, _ in _files(self.directory)}
@@ -275,9 +290,17 @@ class Blobs:
 
 
 def _files(directory: Path) -> Iterator[tuple[str, int, float]]:
-    """Name, bytes and time of last change of each block file."""
+    """Name, bytes and time of last change or use of each block file."""
     with os.scandir(directory) as entries:
         for entry in entries:
             if entry.name.endswith(SUFFIX) and entry.is_file(follow_symlinks=False):
                 found = entry.stat(follow_symlinks=False)
-                yield entry.name, found.st_size, found.st_mtime
+                yield entry.name, found.st_size, max(found.st_mtime, found.st_atime)
+
+
+def _note_use(path: Path) -> None:
+    """For the order after the next start, in the file itself: not every file system notes when a file was read."""
+    with suppress(OSError):  # it was evicted, or is another's
+        found = path.stat()
+        if time.time() - found.st_atime > _USE_SECONDS:
+            os.utime(path, ns=(time.time_ns(), found.st_mtime_ns))

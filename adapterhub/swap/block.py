@@ -16,7 +16,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,6 +35,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MAX_HEADER = 32 * 1024**2
 _CHUNK = 1024**2
+_ALIKE = 64  # different layouts, with their ranks and scales, that are kept
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,9 @@ class BlockMeta:
     def nbytes(self) -> int:
         return self.layout.numel(self.rank) * self.dtype.itemsize
 
-    @cached_property
+    @property
     def json(self) -> str:
-        """The canonical text that the digest covers."""
+        """The canonical text that the digest covers. Not kept: there are as many of these as blocks in memory."""
         targets = [
             [t.name, t.n_in, t.n_out, rank, scale]
             for t, rank, scale in zip(self.layout.targets, self.ranks, self.scales, strict=True)
@@ -75,17 +76,26 @@ class BlockMeta:
     @classmethod
     def parse(cls, text: str) -> BlockMeta:
         fields = json.loads(text)
-        targets = fields["targets"]
+        layout, ranks, scales = _parse_targets(json.dumps(fields["targets"]))
         return cls(
             fingerprint=fields["base"],
             rank=fields["rank"],
-            layout=Layout(tuple(Target(name, n_in, n_out) for name, n_in, n_out, _, _ in targets)),
-            ranks=tuple(t[3] for t in targets),
-            scales=tuple(t[4] for t in targets),
+            layout=layout,
+            ranks=ranks,
+            scales=scales,
             config=fields["config"],
             dtype=DTYPES[fields["dtype"]],
             owner=fields.get("owner", ""),
         )
+
+
+@lru_cache(_ALIKE)
+def _parse_targets(text: str) -> tuple[Layout, tuple[int, ...], tuple[float, ...]]:
+    """Layout, ranks and scales; of blocks that are alike in these, as those of thousands of adapters are, they are in
+    memory once."""
+    targets = json.loads(text)
+    layout = Layout(tuple(Target(name, n_in, n_out) for name, n_in, n_out, _, _ in targets))
+    return layout, tuple(t[3] for t in targets), tuple(t[4] for t in targets)
 
 
 @dataclass(frozen=True)

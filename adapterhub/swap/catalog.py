@@ -67,9 +67,9 @@ class Match(NamedTuple):
 
 
 class Found(NamedTuple):
-    """A page: each adapter's versions, the newest first. `total`: how many adapters the filter lets through."""
+    """A page: ids of adapters. `total`: how many the filter lets through."""
 
-    adapters: list[list[Version]]
+    adapters: list[str]
     total: int
     has_more: bool
 
@@ -87,7 +87,7 @@ class Catalog:
         """The `limit` adapters (None: all) that follow the one with the id `after`. Raises BadRequest for an unknown
         one; another owner's is as unknown as none."""
         condition, args = which.sql
-        [counted] = self._database.rows(f"select count(*) as n {_FROM} where {condition}", args)
+        [counted] = self._database.rows(f"select count(*) as n from adapters a where {condition}", args)
         if after is not None:
             keys = ", ".join(_KEYS[order])
             own = "a.id = ? and (? is null or a.owner = ?)"
@@ -103,7 +103,7 @@ class Catalog:
         )
         ids = [row["id"] for row in rows]
         shown = ids if limit is None else ids[:limit]
-        return Found(self.versions(shown), counted["n"], len(ids) > len(shown))
+        return Found(shown, counted["n"], len(ids) > len(shown))
 
     def matching(self, which: Filter, order: Order, *, descending: bool) -> list[Match]:
         """All that the filter lets through."""

@@ -5,30 +5,37 @@ Everything happens on the engine's thread, between two of its steps; reading thr
 
 from __future__ import annotations
 
+import logging
+import math
 import time
 from collections.abc import Collection
+from fractions import Fraction
 
 import torch
 
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest
+from adapterhub.swap.allocator import aligned
+from adapterhub.swap.copies import Copies
 from adapterhub.swap.hold import Placed, Resident
-from adapterhub.swap.loader import HostBlock
-from adapterhub.swap.memory import available_bytes
+from adapterhub.swap.host import HostTier
 from adapterhub.swap.policies import Rules
 from adapterhub.swap.pool import Extent, Pool
 from adapterhub.swap.residency import Plan, Residency, item_of
+from adapterhub.swap.space import PINNED_SHARE
+
+log = logging.getLogger(__name__)
 
 
 class Contents:
-    def __init__(self, pool: Pool, ram_bytes: int, rules: Rules | None) -> None:
+    def __init__(self, pool: Pool, ram_bytes: int, rules: Rules | None, copies: Copies) -> None:
         self.pool = pool
         self.residency = Residency(pool.capacity, ram_bytes, rules)
         self.residents: dict[str, Resident] = {}  # those that have a place in the pool
-        self.host: dict[str, HostBlock] = {}
+        self.host = HostTier(self.residency, ram_bytes, pool.dtype, pool.device, copies)
         self.evictions = 0  # from the device, for others, by rules or for another budget
-        self.ram_evictions = 0
         self.moved_bytes = 0  # within the pool
+        self.largest = 0  # bytes of the largest that ever came
 
     # -- coming and going
 
@@ -46,25 +53,17 @@ class Contents:
         for move in admission.moves:
             moved = self.residents[move.key]
             self.pool.move(self.pool.extent(move.source, moved.nbytes), self.extent(moved))
-            self._replace(moved, self.extent(moved))
+            self.replace(moved)
             self.moved_bytes += moved.nbytes
         if ref.digest in self.host:
             self.residency.ram.touch(ref.digest, now)
         self.residents[ref.digest] = resident
+        self.largest = max(self.largest, self.residency.place(ref.digest).size)
         return True
 
     def arrived(self, resident: Resident, placed: Placed) -> None:
         self.residency.arrived(resident.digest)
         resident.placed = placed
-
-    def keep_in_ram(self, resident: Resident, block: HostBlock) -> None:
-        item = item_of(resident.digest, block.nbytes, resident.ref.owner)
-        evicted = self.residency.keep(item, time.monotonic(), pinned=resident.pinned)
-        if evicted is not None:
-            self.host[resident.digest] = block
-            for digest in evicted:
-                del self.host[digest]
-            self.ram_evictions += len(evicted)
 
     def remove(self, resident: Resident) -> None:
         """Takes it out of the pool, for another reason than that another comes."""
@@ -73,88 +72,72 @@ class Contents:
         if resident.digest in self.host:
             self.residency.ram.rest(resident.digest, time.monotonic())
 
-    def remove_from_ram(self, digest: str) -> None:
-        if self.host.pop(digest, None) is not None:
-            self.residency.ram.remove(digest)
-
     def drop(self, plan: Plan) -> None:
         """Forgets what the residency has let go of."""
         for digest, _ in plan.device:
             del self.residents[digest]
-        for digest, _ in plan.ram:
-            del self.host[digest]
         self.evictions += len(plan.device)
-        self.ram_evictions += len(plan.ram)
+        self.host.drop(digest for digest, _ in plan.ram)
 
     def extent(self, resident: Resident) -> Extent:
         return self.pool.extent(self.residency.place(resident.digest).start, resident.nbytes)
 
     # -- what operators change
 
-    def plan(self, rules: Rules | None, device: int | None, ram: int | None) -> Plan:
-        """What would go at once. Raises BadRequest when what is pinned or in use would not fit."""
-        return self._possible(self.residency.plan(rules, device, ram, time.monotonic()))
+    def plan(self, rules: Rules | None, device: int | None, ram: int | None, now: float | None = None) -> Plan:
+        """What would go at once, or at a time. Raises BadRequest when what is pinned or in use would not fit."""
+        return self._possible(self.residency.plan(rules, device, ram, _or_now(now)))
 
     def set_rules(self, rules: Rules) -> None:
         self.drop(self._possible(self.residency.change(rules, None, None, time.monotonic())))
 
-    def set_budgets(self, device: int | None, ram: int | None) -> None:
-        """Nothing may be on its way. Another pool takes the place of this one, and both are there while blocks are
-        copied.
+    def change(self, device: int | None, ram: int | None, now: float | None = None) -> None:
+        """Puts other budgets into force: what goes is forgotten, and what stays has another place, where it is to be
+        copied. Raises BadRequest as `plan` does."""
+        self.drop(self._possible(self.residency.change(None, device, ram, _or_now(now))))
 
-        Raises BadRequest, and changes nothing, when there is no memory for that, or what must stay would not fit.
-        """
-        memory = None if device is None else self._memory(device, ram)
-        sources = {digest: self.extent(resident) for digest, resident in self.residents.items()}
-        self.drop(self._possible(self.residency.change(None, device, ram, time.monotonic())))
-        if memory is not None:
-            targets = {digest: self.extent(resident) for digest, resident in self.residents.items()}
-            self.pool.adopt(memory, [(sources[digest], extent) for digest, extent in targets.items()])
-            for digest, extent in targets.items():
-                self._replace(self.residents[digest], extent)
+    def replace(self, resident: Resident) -> None:
+        """Its holds find it in its new place."""
+        assert resident.placed is not None, "what is on its way stays where it is"
+        extent = self.extent(resident)
+        resident.placed = resident.placed.moved(self.pool.view(extent), extent.start)
 
-    def check_integrity(self) -> None:
-        """Raises AssertionError unless what is here is what the residency says."""
+    def in_host_memory(self, digest: str) -> torch.Tensor:
+        """A block that is on the device, as RAM has it, or copied there."""
+        if digest in self.host:
+            return self.host.payload(digest)
+        return self.pool.view(self.extent(self.residents[digest])).to("cpu", copy=True)
+
+    @property
+    def least_bytes(self) -> int:
+        """Of a pool that holds what stays, with room beside the pins for the largest that ever came."""
+        pinned = self.residency.device.pinned_bytes
+        return max(self.staying_bytes, pinned + self.largest, aligned(math.ceil(pinned / PINNED_SHARE)))
+
+    @property
+    def staying_bytes(self) -> int:
+        """On the device, in use or pinned."""
+        places = ((self.residency.place(digest), digest) for digest in self.residents)
+        return sum(p.size for p, digest in places if p.busy or self.residency.device.is_pinned(digest))
+
+    def check_integrity(self, on_their_way: int) -> None:
+        """Raises AssertionError unless what is here is what the residency says, when so many blocks are on their way
+        from host memory."""
         self.residency.check_integrity()
+        self.host.check_integrity(on_their_way)
         assert set(self.residency.device) == self.residents.keys(), "a block has a place and no resident"
-        assert set(self.residency.ram) == self.host.keys(), "RAM holds other blocks than it says"
         for digest, resident in self.residents.items():
             assert self.residency.place(digest).users == resident.pins, "a block is in use by others than hold it"
 
-    def _memory(self, device: int, ram: int | None) -> torch.Tensor:
-        """For a pool of another size."""
-        try:
-            memory = self.pool.memory(device)
-        except torch.OutOfMemoryError as error:
-            raise _no_room(device, "no room for a second pool") from error
-        if self.pool.device.type == "cpu":  # its pages are taken as blocks come, and only then would it show
-            gone = sum(size for _, size in self.plan(None, device, ram).device)
-            needed, available = self.residency.allocator.used_bytes - gone, available_bytes()
-            if available is not None and needed > available:
-                raise _no_room(
-                    device,
-                    f"{format_bytes(available)} of memory left, and the blocks that stay need {format_bytes(needed)}",
-                )
-        return memory
-
-    def _replace(self, resident: Resident, extent: Extent) -> None:
-        """Its holds find it in its new place."""
-        assert resident.placed is not None, "what is on its way stays where it is"
-        resident.placed = resident.placed.moved(self.pool.view(extent), extent.start)
-
     def _possible(self, plan: Plan | None) -> Plan:
         if plan is None:
-            places = ((self.residency.place(digest), digest) for digest in self.residents)
-            held = sum(p.size for p, digest in places if p.busy or self.residency.device.is_pinned(digest))
             raise BadRequest(
-                f"What is pinned or in use would not fit: {format_bytes(held)} on the device, "
-                f"{format_bytes(self.residency.ram.pinned_bytes)} in RAM. Choose more, or unpin some of it."
+                f"What is pinned or in use would not fit: {format_bytes(self.staying_bytes)} on the device, "
+                f"{format_bytes(self.residency.ram.pinned_bytes)} in RAM, of which pins may hold "
+                f"{Fraction(PINNED_SHARE)} each. Choose more, or unpin some of it."
             )
         return plan
 
 
-def _no_room(device: int, why: str) -> BadRequest:
-    return BadRequest(
-        f"A pool of {format_bytes(device)} has to be filled beside the one that it replaces, and there is {why}. "
-        "Choose less, or restart the server with the new budget."
-    )
+def _or_now(time_or_none: float | None) -> float:
+    return time.monotonic() if time_or_none is None else time_or_none

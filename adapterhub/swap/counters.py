@@ -25,7 +25,8 @@ class Counters:
         self.loaded_bytes += 0 if found is Tier.RAM else nbytes
 
     def stats(self, contents: Contents, loading: int) -> dict[str, Any]:
-        """Of device and RAM, `loading` blocks being on their way; `hit_ratio` is of the lookups that came to a tier."""
+        """Of device and RAM, `loading` blocks being on their way; `hit_ratio` is of the lookups that came to a tier.
+        The device's `load_ms` are by where a block came from, from when it was asked for until it was there."""
         residency, hits = contents.residency, self.hits
         allocator, lookups = residency.allocator, sum(hits.values())
         missed, free = lookups - hits[Tier.DEVICE], allocator.free_bytes
@@ -38,21 +39,24 @@ class Counters:
                 "adapters": len(residency.device) - loading,
                 "pinned": residency.device.pinned,
                 "in_use": sum(1 for resident in contents.residents.values() if resident.pins),
+                "lookups": lookups,
                 "hits": hits[Tier.DEVICE],
                 "hit_ratio": hits[Tier.DEVICE] / lookups if lookups else None,
                 "evictions": contents.evictions,
                 "loads": sum(latency.count for latency in self._latencies.values()),
+                "load_ms": {tier.value: latency.summary() for tier, latency in self._latencies.items()},
                 "loaded_bytes": self.loaded_bytes,
                 "moved_bytes": contents.moved_bytes,
             },
             "ram": {
-                "budget_bytes": residency.ram_bytes,
+                "budget_bytes": residency.arena.allocator.capacity,
                 "used_bytes": residency.ram.used_bytes,
-                "adapters": len(residency.ram),
+                "adapters": len(contents.host),
                 "pinned": residency.ram.pinned,
+                "lookups": missed,
                 "hits": hits[Tier.RAM],
                 "hit_ratio": hits[Tier.RAM] / missed if missed else None,
-                "evictions": contents.ram_evictions,
+                "evictions": contents.host.evictions,
                 "loads": self._latencies[Tier.RAM].count,
                 "load_ms": self._latencies[Tier.RAM].summary(),
             },

@@ -1,8 +1,8 @@
 """The disk below the tiers in memory, and the object store below it: blocks come whole and checked, or fail clearly.
 
 Without a store the block files are the truth. With one they are a cache: a block that has no file is fetched first, by
-one thread however many ask for it. A file is checked against its digest when it is read first; a damaged one is set
-aside, and with a store fetched again.
+one thread however many ask for it. A file is checked against its digest when it is read first, and again when it is no
+longer the same file; a damaged one is set aside, and with a store fetched again.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import torch
 
@@ -48,6 +48,19 @@ class Elsewhere(Exception):
     """There is no good file of the block here: the store is to be asked."""
 
 
+class Stamp(NamedTuple):
+    """What tells a file from another that took its place, or that was written to since."""
+
+    inode: int
+    nbytes: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, file: BinaryIO) -> Stamp:
+        found = os.fstat(file.fileno())
+        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+
+
 class DiskTier:
     """`tier_of` and `stats` never wait, so that the engine's thread may ask; everything else is for other threads."""
 
@@ -55,7 +68,7 @@ class DiskTier:
         """`budget` bounds the block files in bytes; None: the disk alone does."""
         self.files = Blobs(blobs, budget)
         self.store = store
-        self._verified: set[str] = set()  # digests that were right, once per file and start
+        self._verified: dict[str, Stamp] = {}  # digest -> the file that was checked, once per file and start
         self._loads = Latencies()
         self._fetches = Latencies()
         self._counting = threading.Lock()
@@ -95,7 +108,10 @@ class DiskTier:
 
     def _into(self, ref: AdapterRef, out: torch.Tensor, fingerprint: str) -> Callable[[BinaryIO, Path], BlockMeta]:
         def look(file: BinaryIO, path: Path) -> BlockMeta:
+            stamp = Stamp.of(file)  # before anything is read: what is written meanwhile is checked the next time
             header = read_header(file, path)
+            if header.digest != ref.digest:
+                raise damaged(path, f"it holds another adapter, {header.digest[:12]}")
             if header.meta.fingerprint != fingerprint:
                 raise WrongBase(
                     f"This adapter was made for base {header.meta.fingerprint[:12]}; this server runs base "
@@ -104,9 +120,9 @@ class DiskTier:
             if header.meta.dtype != out.dtype or header.meta.nbytes != ref.nbytes:
                 raise damaged(path, f"it holds {header.meta.nbytes} bytes of {header.meta.dtype}")
             read_payload(file, path, header, out)
-            if ref.digest not in self._verified:
+            if self._verified.get(ref.digest) != stamp:
                 check_digest(path, header, out, ref.digest)
-                self._verified.add(ref.digest)
+                self._verified[ref.digest] = stamp
             return header.meta
 
         return look
@@ -160,7 +176,7 @@ class DiskTier:
         except FileNotFoundError:
             self._fetch_missing(ref)
         except (BlockDamaged, OSError) as error:
-            self._verified.discard(ref.digest)
+            self._verified.pop(ref.digest, None)
             self.files.set_aside(ref.digest)
             if self.store is None:
                 raise error if isinstance(error, BlockDamaged) else damaged(path, str(error.strerror)) from error
@@ -181,28 +197,29 @@ class DiskTier:
         started = time.perf_counter()
         try:
             with self.files.adding(ref.digest, ref.nbytes, ref.owner):
-                self._while_full(ref.nbytes, ref.owner, lambda: self._download(store, ref.digest))
+                stamp = self._while_full(ref.nbytes, ref.owner, lambda: self._download(store, ref))
         except StorageFull as error:
             raise Unavailable(f"The adapter has no room on the server's disk: {error}", code="disk_full") from error
-        self._verified.add(ref.digest)
+        self._verified[ref.digest] = stamp
         self.files.settle([Named(ref.digest, ref.owner, ref.pinned, safe=True)])
         with self._counting:
             self._fetches.add((time.perf_counter() - started) * 1e3)
 
-    def _download(self, store: Store, digest: str) -> None:
-        path = self.files.path(digest)
+    def _download(self, store: Store, ref: AdapterRef) -> Stamp:
+        digest, path = ref.digest, self.files.path(ref.digest)
         with becoming(path) as partial:
             for left in reversed(range(_DOWNLOADS)):
-                if not store.get(digest, partial):
+                if not store.get(digest, partial, ref.nbytes):
                     raise damaged(path, "it is neither on the server's disk nor in its object store")
                 try:
                     with partial.open("rb", buffering=0) as file:
                         verify_block(file, path)
-                    return
+                        return Stamp.of(file)
                 except BlockDamaged:
                     log.warning("store %s: what came of %s is not what its digest promises", store.url, digest[:12])
                     if not left:
                         raise
+        raise AssertionError("the last download returns or raises")
 
     def write(self, block: Block, owner: str) -> None:
         """Writes the block's file, synced. Whoever calls this holds the digest, until the block is named and settled.
@@ -213,7 +230,7 @@ class DiskTier:
         size = sum(len(chunk) for chunk in chunks)
         with self.files.adding(block.digest, size, owner) as path:
             self._while_full(size, owner, lambda: write_durably(path, *chunks))
-        self._verified.discard(block.digest)
+        self._verified.pop(block.digest, None)
 
     def upload(self, digest: str) -> None:
         """Brings the file into the store. Raises Unavailable, or StorageFull when the store is full."""
@@ -222,10 +239,10 @@ class DiskTier:
 
     def remove(self, digest: str) -> None:
         """Removes the file, not what lies in the store."""
-        self._verified.discard(digest)
+        self._verified.pop(digest, None)
         self.files.remove(digest)
 
-    def _while_full(self, nbytes: int, owner: str, write: Callable[[], None]) -> None:
+    def _while_full(self, nbytes: int, owner: str, write: Callable[[], T]) -> T:
         """A disk may be full before the budget is reached: then what can be had again makes room."""
         while True:
             try:

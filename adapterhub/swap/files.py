@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
+import tempfile
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -56,6 +57,16 @@ def becoming(path: Path) -> Iterator[Path]:
                 "space; nothing was stored."
             ) from error
         raise
+
+
+def has_room(directory: Path, nbytes: int, at: int = 0) -> bool:
+    """Whether a file there may have `nbytes` from byte `at` on, for all that disk, quotas and limits say."""
+    try:
+        with tempfile.TemporaryFile(dir=directory) as file:
+            os.posix_fallocate(file.fileno(), at, nbytes)
+    except OSError as error:
+        return error.errno not in FULL
+    return True
 
 
 def lock_directory(path: Path) -> int | None:

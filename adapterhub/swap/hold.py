@@ -9,6 +9,7 @@ import torch
 
 from adapterhub.errors import HubError
 from adapterhub.swap.block import BlockMeta
+from adapterhub.swap.copies import Loaded
 from adapterhub.swap.layout import Factors, Layout
 from adapterhub.swap.ref import AdapterRef, Tier
 
@@ -41,11 +42,12 @@ class Resident:
     found: Tier
     asked: float  # when, by `time.perf_counter`
     away: bool = False  # it comes from the store, and has no place in the pool before it is on the disk
+    landed: bool = False  # it is on the disk by now
     fetches: int = 0  # how often it was brought from the store to the disk
     placed: Placed | None = None
     error: HubError | None = None
     pins: int = 0  # holds of requests
-    load_ms: float = 0.0
+    loaded: Loaded | None = None  # None until it is in the pool, or as good as there
     pinned: bool = False  # by its owner or an operator
     condemned: bool = False  # evict as soon as nobody uses it
     keep: bool = True  # in RAM, too, when it arrives
@@ -76,6 +78,11 @@ class Hold:
         return self.resident.away
 
     @property
+    def crowded(self) -> bool:
+        """Whether it has come from the store, and finds no room on the device."""
+        return self.resident.away and self.resident.landed
+
+    @property
     def factors(self) -> dict[str, Factors]:
         """Target name -> views of its A and B in the pool; like `offsets` for one step, between which blocks move."""
         return self._placed.factors
@@ -100,4 +107,7 @@ class Hold:
 
     @property
     def load_ms(self) -> float:
-        return 0.0 if self.tier is Tier.DEVICE else self.resident.load_ms
+        """How long it took to come to the device, in milliseconds; 0 where it was there. Waits for its copy, so to be
+        asked once a step that uses it is done."""
+        loaded = self.resident.loaded
+        return 0.0 if self.tier is Tier.DEVICE or loaded is None else loaded.ms

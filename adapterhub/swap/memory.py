@@ -34,6 +34,14 @@ def streaming_memory(nbytes: int) -> torch.Tensor:
     return memory
 
 
+def give_back_freed() -> None:
+    """To the system, what was freed and malloc keeps for later: after much that is large has come and gone, hundreds of
+    MiB. Who allocates meanwhile may wait for milliseconds. Nothing happens where the C library has no word for it."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
     """What this process may still take, by the machine and by its container. None where no system says so."""
     found: list[int] = []

@@ -70,7 +70,7 @@ class Objects:
         self.to_do.set()
 
     def deleted(self, digest: str) -> None:
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             db.execute("delete from objects where digest = ? and store = ?", (digest, self.store))
 
     def unnamed(self) -> list[str]:

@@ -16,7 +16,7 @@ from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest, Forbidden
 from adapterhub.swap.allocator import aligned
 from adapterhub.swap.database import Database, Row
-from adapterhub.swap.residency import PINNED_SHARE
+from adapterhub.swap.space import PINNED_SHARE
 
 OWNER_SHARE = 1 / 16  # of the device's budget: what an owner's own pins may hold
 

@@ -1,7 +1,7 @@
 """The pool: one flat device tensor that holds the resident blocks, each in an extent of its own.
 
 An adapter costs its own bytes, whatever its rank and targets. Where blocks lie is decided elsewhere (`residency.py`).
-Only the engine's thread may call this, but for `view` and `copy_in`.
+Only the engine's thread may call this, but for `view`.
 """
 
 from __future__ import annotations
@@ -12,7 +12,10 @@ from typing import NamedTuple
 import torch
 
 from adapterhub.swap.allocator import ALIGNMENT
+from adapterhub.swap.gpu import empty_cache
 from adapterhub.swap.memory import streaming_memory
+
+_SPARE_BYTES = 1024**2
 
 
 class Extent(NamedTuple):
@@ -32,7 +35,7 @@ class Pool:
         self.dtype = dtype
         self.device = device
         self.tensor = self.memory(capacity)
-        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._spare = torch.empty(_SPARE_BYTES // dtype.itemsize, dtype=dtype, device=device)  # for `move`
 
     @property
     def capacity(self) -> int:
@@ -54,10 +57,16 @@ class Pool:
         return self.tensor[extent.start : extent.start + extent.numel]
 
     def move(self, source: Extent, target: Extent) -> None:
-        """Copies a block to a place that may overlap its own; on CUDA after the kernels that are queued already."""
-        block = self.view(source)
-        apart = abs(source.start - target.start) >= source.numel
-        self.view(target).copy_(block if apart else block.clone())
+        """Copies a block to a place that may overlap its own; on CUDA after the kernels that are queued already. It
+        needs no more memory than there is, so that it cannot fail for want of it."""
+        down, gap = target.start < source.start, abs(source.start - target.start)
+        pieces = range(0, source.numel, max(gap, len(self._spare)))
+        for at in pieces if down else reversed(pieces):
+            numel = min(pieces.step, source.numel - at)
+            piece = self.view(Extent(source.start + at, numel))
+            if gap < numel:  # it would overlap itself
+                piece = self._spare[:numel].copy_(piece)
+            self.view(Extent(target.start + at, numel)).copy_(piece)
 
     def adopt(self, memory: torch.Tensor, blocks: Iterable[tuple[Extent, Extent]]) -> None:
         """Goes on in `memory`: each block is copied from its place here to its place there. Nothing may be on its way
@@ -65,17 +74,14 @@ class Pool:
         old, self.tensor = self.tensor, memory
         for source, target in blocks:
             self.view(target).copy_(old[source.start : source.start + source.numel])
+        self._free(old)
 
-    def copy_in(self, extent: Extent, block: torch.Tensor) -> None:
-        """Copies a host block in, on any thread; it is there when this returns.
+    def let_go(self) -> None:
+        """Gives its memory back, to which no block may lead any more. `tensor` is empty until it is set anew."""
+        old, self.tensor = self.tensor, self.tensor.new_empty(0)
+        self._free(old)
 
-        On CUDA it runs on a stream of its own, so that nothing else waits for it. The kernels that are queued already
-        go first: they may still read what the extent held before.
-        """
-        if self._copies is None:
-            self.view(extent).copy_(block)
-            return
-        with torch.cuda.stream(self._copies):
-            self._copies.wait_stream(torch.cuda.default_stream(self.device))
-            self.view(extent).copy_(block, non_blocking=True)
-        self._copies.synchronize()
+    def _free(self, memory: torch.Tensor) -> None:
+        if self.device.type == "cuda":
+            memory.untyped_storage().resize_(0)  # at once, although graphs that were captured on it have it yet
+            empty_cache()

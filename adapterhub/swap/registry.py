@@ -163,7 +163,7 @@ class Registry(Versions):
 
         Raises NotFound.
         """
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             gone = self.adapter(owner, adapter)
             db.table("adapters").delete(adapter)
             self.objects.give_up(v.digest for v in gone)
@@ -174,7 +174,7 @@ class Registry(Versions):
     def delete_version(self, owner: str, version: str) -> Version:
         """Removes one version; an adapter goes with its last. The name of a current one then points at what it pointed
         at before, else at the newest release left, if any. Raises NotFound."""
-        with self._database.transaction():
+        with self._database.freeing():
             gone = self.version(owner, version)
             self._drop(gone)
             after = self._current(gone.adapter)
@@ -193,7 +193,7 @@ class Registry(Versions):
     def prune_checkpoints(self, owner: str, job: str, keep: int) -> list[Version]:
         """Removes a job's checkpoints but for the last `keep`, those that have been promoted, and those that a split
         sends requests to; returns what they were."""
-        with self._database.transaction():
+        with self._database.freeing():
             left = [v for v in self.checkpoints(owner, job) if v.kind is Kind.CHECKPOINT]
             gone = [v for v in left[keep:] if v.percent == 0]
             for version in gone:

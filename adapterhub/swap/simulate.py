@@ -2,13 +2,14 @@
 
 Each use is taken as one instant: what it needs is there at once, and it is over before the next begins. So nothing is
 ever on its way or in use when room is made, and nothing is read ahead; pins are not in a trace, and play no part.
+Nor is the device that a use was on: what several devices served is replayed as the use of one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,7 @@ from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest
 from adapterhub.swap.allocator import aligned
 from adapterhub.swap.frames import Trace
-from adapterhub.swap.policies import Policy, Rules, TierRules
+from adapterhub.swap.policies import Policy, Rules
 from adapterhub.swap.ref import Tier
 from adapterhub.swap.residency import Residency, item_of
 
@@ -64,14 +65,16 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """One policy for the device and for RAM."""
+    """One policy for the device and for RAM, with whatever else an operator has set for them."""
 
     budgets: Budgets
     policy: Policy
+    others: Rules = field(default_factory=Rules)
 
     @property
     def rules(self) -> Rules:
-        return Rules(device=TierRules(self.policy), ram=TierRules(self.policy))
+        device, ram = (replace(rules, policy=self.policy) for rules in (self.others.device, self.others.ram))
+        return Rules(device, ram)
 
 
 class Result(NamedTuple):
@@ -108,7 +111,8 @@ def simulate(trace: Trace, budgets: Budgets, rules: Rules) -> Outcome:
             residency.arrived(item.key)
             if found is None:
                 read_bytes += item.size
-                ram_evictions += len(residency.keep(item, now) or ())
+                kept = residency.keep(item, now)
+                ram_evictions += len(kept.evicted) if kept else 0
         residency.release(item.key, now)
     return Outcome(len(trace), device_hits, ram_hits, read_bytes, device_evictions, ram_evictions)
 

@@ -31,8 +31,19 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 CHUNK = 1024**2
 PAUSES = (0.1, 0.4, 1.6)  # seconds between attempts, each times 0.5 to 1.5; then it is Unavailable
+PATIENCE_SECONDS = 60.0  # for a driver that gives no sign, and a second more for each so many bytes on their way:
+_SLOWEST_BYTES = 256 * 1024
 _EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "az": "azure", "abfs": "azure", "abfss": "azure"}
+MOST_ASTRAY = 64  # attempts that hang: as long as there are so many, a store is asked once in its patience
 _LASTING = (FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError, NotImplementedError)
+
+
+class StoreUnavailable(Unavailable):
+    code = "store_unavailable"
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"retry-after": "5"}
 
 
 class StoredObject(NamedTuple):
@@ -43,16 +54,26 @@ class StoredObject(NamedTuple):
 class Store:
     """Safe to use from any thread, as fsspec's drivers are.
 
-    Every method may raise Unavailable, after a few attempts, when the store cannot be reached or refuses. A driver that
-    hangs holds up its caller until `close`, and nobody after that.
+    Every method may raise StoreUnavailable, after a few attempts, when the store cannot be reached or refuses, or when
+    its driver hangs. What was given up on may still happen: while an upload may, its object is not deleted. A deletion
+    is never given up on, as it might come after the object has been uploaded anew; it ends with `close` at the latest.
     """
 
-    def __init__(self, fs: fsspec.AbstractFileSystem, prefix: str, url: str = "", pauses: tuple[float, ...] = PAUSES):
+    def __init__(
+        self,
+        fs: fsspec.AbstractFileSystem,
+        prefix: str,
+        url: str = "",
+        pauses: tuple[float, ...] = PAUSES,
+        patience: float = PATIENCE_SECONDS,
+    ) -> None:
         """Blocks go under `prefix`, a path of `fs`. `url` is what operators know the store by."""
         self.url = url or f"{fs.protocol}:{prefix}"
         self._fs = fs
         self._prefix = prefix.rstrip("/")
-        self._pauses = pauses
+        self._pauses, self._patience = pauses, patience
+        self._astray: dict[Future[Any], str] = {}  # attempts that were given up on but have not ended; of which digests
+        self._given_up = 0.0  # when the last one was, by `time.monotonic`
         self._closed: Future[None] = Future()
         protocols = {fs.protocol} if isinstance(fs.protocol, str) else {*fs.protocol}
         self._flat = not protocols.isdisjoint(_EXTRAS)  # it has no directories
@@ -87,11 +108,11 @@ class Store:
             if (found := self._size(digest)) != size:
                 raise OSError(errno.EIO, f"it says that the object has {found} bytes instead of {size}")
 
-        self._try("upload", digest, upload)
+        self._try("upload", digest, upload, size)
 
-    def get(self, digest: str, partial: Path) -> bool:
-        """Downloads the object as the file `partial`; False when there is none. Raises StorageFull when this machine's
-        disk is full."""
+    def get(self, digest: str, partial: Path, nbytes: int) -> bool:
+        """Downloads the object, of about so many bytes, as the file `partial`; False when there is none. Raises
+        StorageFull when this machine's disk is full."""
 
         def download() -> bool:
             try:
@@ -101,7 +122,7 @@ class Store:
                 return False
             return True
 
-        return self._try("download", digest, download)
+        return self._try("download", digest, download, nbytes)
 
     def size(self, digest: str) -> int | None:
         """Bytes of the object, as the store says; None when there is none."""
@@ -111,12 +132,14 @@ class Store:
         """Deletes the object. One that is not there is none to delete."""
 
         def remove() -> None:
+            if digest in self._astray.copy().values():
+                raise _Hangs("an upload that was given up on may still come")
             try:
                 self._fs.rm_file(self._key(digest))
             except FileNotFoundError:
                 self._check_there()
 
-        self._try("deletion", digest, remove)
+        self._try("deletion", digest, remove, None)
 
     def list(self) -> list[StoredObject]:
         """Every block of this server's; anything else under its prefix is not looked at."""
@@ -174,35 +197,47 @@ class Store:
             if entry["type"] == "file" and name.endswith(SUFFIX):
                 yield StoredObject(name.removesuffix(SUFFIX), int(entry["size"]))
 
-    def _try(self, what: str, digest: str, act: Callable[[], T]) -> T:
+    def _try(self, what: str, digest: str, act: Callable[[], T], nbytes: int | None = 0) -> T:
+        """`nbytes` are on their way, for which it takes its time; None: for ever."""
         for pause in (*self._pauses, None):
             try:
-                return self._apart(act)
+                return self._apart(act, digest, nbytes)
             except HubError:
                 raise
             except Exception as error:  # whatever a driver raises; each has its own
                 if isinstance(error, OSError) and error.errno in FULL:
                     raise StorageFull(f"There is no room for the {what} of this adapter. Tell the operator.") from error
                 log.warning("store %s: %s of %s failed: %r", self.url, what, digest[:12] or "blocks", error)
-                if pause is None or isinstance(error, _LASTING):
-                    raise Unavailable(
+                if pause is None or isinstance(error, (_Hangs, *_LASTING)):
+                    raise StoreUnavailable(
                         f"The object store that keeps this server's adapters does not answer: its {what} failed with "
-                        f"{type(error).__name__}. Try again in a minute; if it goes on, tell the operator.",
-                        code="store_unavailable",
+                        f"{type(error).__name__}. Try again in a minute; if it goes on, tell the operator."
                     ) from error
             time.sleep(pause * random.uniform(0.5, 1.5))
         raise AssertionError("the last attempt returns or raises")
 
-    def _apart(self, act: Callable[[], T]) -> T:
-        """Waits for `act` on a thread of its own, which is left to itself when the store is closed."""
+    def _apart(self, act: Callable[[], T], digest: str, nbytes: int | None) -> T:
+        """Waits for `act` on a thread of its own, which is left to itself when it hangs or the store is closed."""
+        if len(self._astray) >= MOST_ASTRAY and time.monotonic() - self._given_up < self._patience:
+            raise _Hangs(f"{len(self._astray)} attempts hang already")
         done: Future[T] = Future()
         if not self._closed.done():
             threading.Thread(target=settle, args=(done, act), name="adapterhub-store", daemon=True).start()
             either: list[Future[Any]] = [done, self._closed]
-            wait(either, return_when=FIRST_COMPLETED)
-        if not done.done():
+            patience = None if nbytes is None else self._patience + nbytes / _SLOWEST_BYTES
+            wait(either, patience, FIRST_COMPLETED)
+        if done.done():
+            return done.result()
+        if self._closed.done():
             raise Unavailable("The server is shutting down; try again.")
-        return done.result()
+        self._given_up = time.monotonic()
+        self._astray[done] = digest
+        done.add_done_callback(self._astray.pop)
+        raise _Hangs(f"no answer for {patience:.0f} s")
+
+
+class _Hangs(TimeoutError):
+    """An attempt was given up on; another would hang as well."""
 
 
 def _connect(url: str) -> tuple[fsspec.AbstractFileSystem, str]:

@@ -27,6 +27,11 @@ class Threads:
         self._tasks: SimpleQueue[_Task | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
 
+    @property
+    def waiting(self) -> int:
+        """How much has not begun, as of just now."""
+        return self._tasks.qsize()
+
     def submit(self, act: Callable[[], T]) -> Future[T]:
         """Runs `act` as soon as a thread is free. For one thread to call."""
         future: Future[T] = Future()
@@ -55,6 +60,7 @@ class Threads:
     def _work(self) -> None:
         while (task := self._tasks.get()) is not None:
             task.run()
+            del task  # with what came of it, while it waits for the next
 
 
 def settle(future: Future[T], act: Callable[[], T]) -> None:

@@ -12,25 +12,30 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from adapterhub.config import format_bytes
 from adapterhub.errors import BadRequest, HubError, Unavailable
 from adapterhub.swap.contents import Contents
+from adapterhub.swap.copies import Copies, copies_to
 from adapterhub.swap.counters import Counters
 from adapterhub.swap.disk import DiskTier, Elsewhere
 from adapterhub.swap.hold import Hold, Resident
 from adapterhub.swap.layout import Layout
-from adapterhub.swap.loader import Arrival, Loader, Source
+from adapterhub.swap.loader import Loader
+from adapterhub.swap.loads import Load, Loads
 from adapterhub.swap.policies import Rules
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef, Tier
-from adapterhub.swap.residency import Plan
+from adapterhub.swap.residency import Plan, item_of
+from adapterhub.swap.resize import give_back, set_budgets
 
 log = logging.getLogger(__name__)
 _READ_AHEAD_SHARE = 0.5
+_PINS = 4096  # changes of pins that are remembered: no request waits while more are made
 _FETCHES = (
     2  # after so many the file is read where it is fetched: others push it off the disk at once, or it is damaged
 )
@@ -66,15 +71,18 @@ class Tiers:
         load_threads: int,
         wake: Callable[[], None],
         rules: Rules | None = None,
+        copies: Copies | None = None,
     ) -> None:
+        """`copies` are those of another device than the pool's, for tests."""
+        copies = copies or copies_to(pool.device)
         self.pool = pool
         self.disk = disk
-        self.contents = Contents(pool, ram_bytes, rules)
-        self.loader = Loader(pool, disk, fingerprint, layout, load_threads, wake)
+        self.contents = Contents(pool, ram_bytes, rules, copies)
+        self.loader = Loader(pool, disk, copies, fingerprint, layout, load_threads, wake)
         self.counters = Counters()
-        self._loading: dict[str, Future[Arrival]] = {}
+        self._loading = Loads(self.contents, self.loader, copies, self.counters)
         self._fetching: dict[str, _Fetch] = {}
-        self._crowded = False  # what came from the store waits for a place
+        self._crowding: Resident | None = None  # it came from the store, and waits for a place before all others
         self._pins: dict[str, bool] = {}  # what was last said of a block: a request may be older
         self._changing: _Budgets | None = None
 
@@ -83,7 +91,7 @@ class Tiers:
     def acquire(self, ref: AdapterRef) -> Hold | None:
         """Pins `ref`, starting a load if it is not on the device. None when there is no room before others release.
 
-        Raises Unavailable when it could never fit.
+        Raises Unavailable when it could not fit, whoever releases.
         """
         resident = self._known(ref.digest)
         if resident is None:
@@ -108,18 +116,31 @@ class Tiers:
         if resident.pins == 0 and resident.condemned and not loading:
             self.contents.remove(resident)
 
-    def poll(self) -> None:
-        """Takes in what the threads have brought. A load that failed leaves its error with the requests that wait."""
-        for digest in [d for d, future in self._loading.items() if future.done()]:
-            self._arrive(self.contents.residents[digest], self._loading.pop(digest))
+    def would_fit(self, ref: AdapterRef, without: Sequence[Hold]) -> bool:
+        """Whether what is not on the device would find room there without these holds."""
+        given = Counter(hold.resident.digest for hold in without)
+        released = {h.resident.digest for h in without if given[h.resident.digest] == h.resident.pins}
+        first = self._crowding
+        if self._changing is not None or (first is not None and first.digest not in {ref.digest, *released}):
+            return False
+        return self.contents.residency.fits(item_of(ref.digest, ref.nbytes, ref.owner), released)
+
+    def poll(self, *, idle: bool = False) -> None:
+        """Takes in what the threads have brought. A load that failed leaves its error with the requests that wait.
+
+        `idle` says that nothing else would run meanwhile: then a step may wait for a block on the device.
+        """
+        for load in self._loading.ended(idle=idle):
+            self._arrive(load)
         if self._changing is not None and not self._loading:
             changing, self._changing = self._changing, None
+            self._loading.await_copies()
             try:
-                self.contents.set_budgets(changing.device, changing.ram)
+                set_budgets(self.contents, changing.device, changing.ram)
                 changing.done.set_result(None)
             except Exception as error:
                 changing.done.set_exception(error)
-        self._crowded = not self._take_places()
+        self._crowding = self._take_places()
 
     @property
     def readers_idle(self) -> bool:
@@ -141,13 +162,21 @@ class Tiers:
             return True
         return self._fits_ahead(ref) and self.readers_idle and self._begin(ref, spare) is not None
 
+    def has_place(self, digest: str) -> bool:
+        """Whether it is on the device, or on its way to a place there: who asks for it takes no room."""
+        return digest in self.contents.residents
+
+    def would_fit_beside(self, ref: AdapterRef, beside: Collection[str]) -> bool:
+        """Whether there will be room for a block once none is in use but those of `beside`, by their digests."""
+        return self.contents.residency.fits_beside(ref.nbytes, beside)
+
     # -- what operators do
 
     def evict(self, digest: str, tier: Tier | None = None) -> bool:
         """Takes a block off the device, out of RAM, or both (None). False when it goes once its requests have ended."""
         resident = self._known(digest)
         if tier is not Tier.DEVICE:
-            self.contents.remove_from_ram(digest)
+            self.contents.host.remove(digest)
             if resident is not None:
                 resident.keep = False
         if tier is Tier.RAM or resident is None:
@@ -160,7 +189,10 @@ class Tiers:
 
     def pin(self, digest: str, pinned: bool) -> None:
         """What is in memory, or comes there later, stays, or may go again."""
+        self._pins.pop(digest, None)
         self._pins[digest] = pinned
+        if len(self._pins) > _PINS:
+            del self._pins[next(iter(self._pins))]
         self.contents.residency.pin(digest, pinned, time.monotonic())
         if (resident := self._known(digest)) is not None:
             resident.pinned = pinned
@@ -168,7 +200,7 @@ class Tiers:
     def set_budgets(self, device: int | None, ram: int | None) -> Future[None]:
         """Other budgets, in bytes; None leaves one as it is. What no longer fits goes once nothing is on its way, and
         until then nothing else is loaded. Fails with BadRequest when what is pinned or in use would not fit, or there
-        is no memory for another pool beside this one."""
+        is not so much memory."""
         self.plan(None, device, ram)
         if self._changing is not None:
             raise BadRequest("The budgets are being changed already. Try again when that is done.")
@@ -176,6 +208,17 @@ class Tiers:
         self._changing = _Budgets(device, ram, done)
         self.poll()
         return done
+
+    def give_back(self, nbytes: int) -> int:
+        """Makes the device pool smaller by `nbytes`, or by what can be given without what is in use or pinned, and
+        without two pools at once; how many bytes that were. 0 also while loads are on their way: try again later.
+
+        Raises torch.OutOfMemoryError when the pool is lost (`resize.give_back`).
+        """
+        if self._loading or self._changing is not None:
+            return 0
+        self._loading.await_copies()
+        return give_back(self.contents, nbytes)
 
     def set_rules(self, rules: Rules) -> None:
         """What the new rules let go of, goes at once."""
@@ -199,13 +242,19 @@ class Tiers:
         resident = self.contents.residents.get(digest)
         return Tier.DEVICE if resident is not None and resident.placed is not None else self._where(digest)
 
+    def nearest(self, digest: str) -> Tier | None:
+        """DEVICE also for what is on its way there; None for what is not in memory. Look-ups alone, for any thread."""
+        if self._known(digest) is not None:
+            return Tier.DEVICE
+        return Tier.RAM if digest in self.contents.host else None
+
     def stats(self) -> dict[str, Any]:
         """By tier; `hit_ratio` is of the lookups that came to it."""
         return {**self.counters.stats(self.contents, len(self._loading)), **self.disk.stats()}
 
     def check_integrity(self, pins: int = 0) -> None:
         """Raises AssertionError unless extents, residents and pins (`pins` in all) agree."""
-        self.contents.check_integrity()
+        self.contents.check_integrity(self._loading.berths)
         residents = self.contents.residents
         away = [fetch.resident for fetch in self._fetching.values()]
         assert residents.keys().isdisjoint(self._fetching), "a block is here and on its way from the store"
@@ -217,7 +266,8 @@ class Tiers:
             assert loading == (digest in self._loading), "a block is on its way without a reader"
 
     def close(self) -> None:
-        self.loader.close()
+        self._loading.close()
+        self.contents.host.close()
         if self._changing is not None:
             self._changing.done.set_exception(
                 Unavailable("The server is shutting down; the budgets stay as they were.")
@@ -247,17 +297,23 @@ class Tiers:
                 f"{format_bytes(capacity)}. Ask the operator to raise --device-bytes.",
                 code="adapter_too_large",
             )
+        if ref.nbytes > capacity - self.contents.residency.device.pinned_bytes:
+            raise Unavailable(
+                f"This adapter has {format_bytes(ref.nbytes)}, for which the device pool of this server has no room "
+                "beside what is pinned there. Ask the operator to unpin some of it, or to raise --device-bytes.",
+                code="adapter_too_large",
+            )
 
     def _fits_ahead(self, ref: AdapterRef) -> bool:
         most = self.contents.residency.allocator.capacity * _READ_AHEAD_SHARE
-        return self.contents.residency.busy_bytes + ref.nbytes <= most
+        return self.contents.residency.pool.busy_bytes + ref.nbytes <= most
 
     def _begin(self, ref: AdapterRef, spare: Collection[str] = ()) -> Resident | None:
         """Sends for what is not on the device. None when it finds no room there."""
         resident = self._resident(ref)
         if resident.found is Tier.REMOTE:
             self._fetch(resident, None)
-        elif self._crowded or not self._load(resident, spare):  # who came first takes their place first
+        elif self._crowding or not self._load(resident, spare):  # who came first takes their place first
             return None
         return resident
 
@@ -267,15 +323,13 @@ class Tiers:
             return False
         for _ in range(resident.pins):
             self.contents.residency.hold(resident.digest, time.monotonic())
-        residency, extent = self.contents.residency, self.contents.extent(resident)
-        source = Source(resident.asked, residency.ram_bytes > 0, resident.fetches >= _FETCHES)
-        host = self.contents.host.get(resident.digest)
-        self._loading[resident.digest] = self.loader.start(resident.ref, extent, host, source)
+        self._loading.start(resident, fetches=resident.fetches >= _FETCHES)
         return True
 
-    def _arrive(self, resident: Resident, future: Future[Arrival]) -> None:
+    def _arrive(self, load: Load) -> None:
+        resident = load.resident
         try:
-            block, placed, resident.load_ms = future.result()
+            arrival = self._loading.take_in(load)
         except Exception as error:  # whatever a reader met
             for _ in range(resident.pins):
                 self.contents.residency.release(resident.digest, time.monotonic())
@@ -285,21 +339,19 @@ class Tiers:
             else:
                 self._fail(resident, error)
             return
-        self.counters.loaded(resident.found, block.meta.nbytes, resident.load_ms)
-        if resident.found is not Tier.RAM and resident.keep:
-            self.contents.keep_in_ram(resident, block)
-        self.contents.arrived(resident, placed)
+        self.contents.arrived(resident, arrival.placed)
         if resident.condemned and not resident.pins:
             self.contents.remove(resident)
 
     def _fetch(self, resident: Resident, spare: Collection[str] | None) -> None:
-        resident.away = True
+        resident.away, resident.landed = True, False
         resident.fetches += 1
         self._fetching[resident.digest] = _Fetch(resident, self.loader.fetch(resident.ref), spare)
 
-    def _take_places(self) -> bool:
+    def _take_places(self) -> Resident | None:
         """What has come from the store goes on to the pool, in the order in which it was asked for; what nobody waits
-        for any more stays on the disk. False when there is no room for all of it."""
+        for any more stays on the disk. Returns the first for which there is no room."""
+        crowding = None
         for digest, (resident, future, spare) in list(self._fetching.items()):
             if not future.done():
                 continue
@@ -314,13 +366,15 @@ class Tiers:
             if ahead and (spare is None or not self._fits_ahead(resident.ref)):
                 del self._fetching[digest]
                 continue
+            resident.landed = True
+            if crowding is not None:
+                continue
             resident.away = False
             if self._load(resident, spare if ahead and spare else ()) or ahead:
                 del self._fetching[digest]
             else:
-                resident.away = True
-                return False
-        return True
+                resident.away, crowding = True, resident
+        return crowding
 
     def _fail(self, resident: Resident, error: Exception) -> None:
         """The error is the waiting requests' to hear."""

@@ -5,7 +5,7 @@ By version and not by block: several versions of an owner may have the very same
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection
 from typing import NamedTuple
 
 from adapterhub.swap.ref import Tier, Use
@@ -35,10 +35,12 @@ class Uses:
 
     def __init__(self) -> None:
         self._used: dict[str, Used] = {}
+        self._latest: dict[str, str] = {}  # owner -> version
 
     def note(self, use: Use) -> None:
         loaded = use.tier is not Tier.DEVICE
         self._used[use.version] = self.of(use.version) + Used(1, int(loaded), use.time)
+        self._latest[use.owner] = use.version
 
     def of(self, version: str) -> Used:
         return self._used.get(version, NEVER)
@@ -47,6 +49,12 @@ class Uses:
         """Every version that has been used."""
         return self._used.copy()
 
-    def forget(self, versions: Iterable[str]) -> None:
+    def latest(self, owner: str) -> str | None:
+        """The version that `owner` has used last, unless it is forgotten."""
+        return self._latest.get(owner)
+
+    def forget(self, owner: str, versions: Collection[str]) -> None:
         for version in versions:
             self._used.pop(version, None)
+        if self.latest(owner) in versions:
+            self._latest.pop(owner, None)

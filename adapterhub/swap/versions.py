@@ -143,6 +143,12 @@ class Versions:
             return current
         return self._one("v.id = ?", (version,)) or current  # if it was deleted just now, the split has ended with it
 
+    def current_beside(self, owner: str, version: str) -> Version | None:
+        """The current version of the adapter that one of `owner`'s versions, by its id, is of; None without one."""
+        return self._one(
+            "a.owner = ? and a.id = (select adapter from versions where id = ?) and v.id = a.current", (owner, version)
+        )
+
     def find(self, owner: str | None, adapter: str, which: str) -> Version:
         """A version of an adapter: by its number, its id or its name, or "candidate" for the newest of those, or
         "previous" for what was current before. Any owner's with `owner` None. Raises NotFound."""

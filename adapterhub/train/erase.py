@@ -17,5 +17,5 @@ def erase_jobs(database: Database, directory: Path, owner: str) -> None:
         shutil.rmtree(directory / row["id"], ignore_errors=not (directory / row["id"]).exists())
     if directory.exists():
         sync_directory(directory)
-    with database.transaction() as db:
+    with database.freeing() as db:
         db.execute("delete from jobs where owner = ?", [owner])

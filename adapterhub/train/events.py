@@ -70,8 +70,3 @@ class Events:
             (job,),
         )
         return [json.loads(row["data"]) for row in rows]
-
-    def last_metrics(self) -> dict[str, Any] | None:
-        """What any job measured last."""
-        row = self._database.row("select data from events where type = 'metrics' order by rowid desc limit 1")
-        return json.loads(row["data"]) if row else None

@@ -17,6 +17,7 @@ from adapterhub.swap.files import remove_unnamed, stream_durably, sync_directory
 
 PURPOSES = ("fine-tune", "assistants", "batch", "user_data", "vision", "evals")  # of uploads
 RESULTS = "fine-tune-results"
+_KEPT = "(expires_at is null or expires_at > ?)"  # at that time
 migrations = Migrations("adapterhub.files")
 
 
@@ -48,14 +49,24 @@ def create_uploads(db: sqlite_utils.Database) -> None:
     db.execute("create index parts_by_upload on parts (upload)")
 
 
+@migrations()
+def let_files_expire(db: sqlite_utils.Database) -> None:
+    db.execute("alter table files add column expires_at integer")
+    db.execute("create index files_by_expiry on files (expires_at) where expires_at is not null")
+    db.execute("alter table uploads add column file_seconds integer")
+
+
 @dataclass(frozen=True)
 class StoredFile:
+    """`expires_at`: None for one that stays until it is deleted."""
+
     id: str
     owner: str
     filename: str
     purpose: str
     bytes: int
     created_at: int
+    expires_at: int | None = None
 
 
 class FileStore:
@@ -67,10 +78,12 @@ class FileStore:
         self._database = database
         self._directory = directory
 
-    def upload(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
+    def upload(
+        self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes], seconds: int | None = None
+    ) -> StoredFile:
         """Stores an upload; when it returns, the file survives a crash. Raises BadRequest or StorageFull."""
         check_purpose(purpose)
-        stored = self.write(owner, plain_name(filename), purpose, chunks)
+        stored = self.write(owner, plain_name(filename), purpose, chunks, seconds)
         try:
             if stored.bytes == 0:
                 raise BadRequest("The uploaded file is empty.", param="file", code="empty_file")
@@ -80,12 +93,15 @@ class FileStore:
             raise
         return stored
 
-    def write(self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes]) -> StoredFile:
+    def write(
+        self, owner: str, filename: str, purpose: str, chunks: Iterable[bytes], seconds: int | None = None
+    ) -> StoredFile:
         """Writes a file's bytes, synced, for a row that `add` makes later: until then nobody sees the file, and a start
-        removes it. Raises StorageFull."""
+        removes it. `seconds`: for how long it is kept; None: until it is deleted. Raises StorageFull."""
         identity = new_id("file")
         size = stream_durably(self.path(identity), chunks)
-        return StoredFile(identity, owner, filename, purpose, size, now())
+        made = now()
+        return StoredFile(identity, owner, filename, purpose, size, made, None if seconds is None else made + seconds)
 
     def add(self, written: StoredFile) -> None:
         """Its owner has the file from now on. Raises StorageFull."""
@@ -97,7 +113,9 @@ class FileStore:
 
     def get(self, owner: str, identity: str) -> StoredFile:
         """Raises NotFound, also for another owner's file."""
-        row = self._database.row("select * from files where id = ? and owner = ?", (identity, owner))
+        row = self._database.row(
+            f"select * from files where id = ? and owner = ? and {_KEPT}", (identity, owner, now())
+        )
         if row is None:
             raise NotFound(f"You have no file {identity[:80]!r}. `GET /v1/files` lists yours.", param="id")
         return StoredFile(**row)
@@ -107,7 +125,7 @@ class FileStore:
     ) -> tuple[list[StoredFile], bool]:
         """The `limit` files of `owner`'s that follow the one with the id `after`, the newest first unless `ascending`,
         and whether there are more. Raises BadRequest for an unknown cursor."""
-        condition, args = "owner = ? and (? is null or purpose = ?)", [owner, purpose, purpose]
+        condition, args = f"owner = ? and (? is null or purpose = ?) and {_KEPT}", [owner, purpose, purpose, now()]
         if after is not None:
             place = self._database.row(
                 "select created_at, rowid as place from files where id = ? and owner = ?", (after, owner)
@@ -125,9 +143,18 @@ class FileStore:
 
     def delete(self, owner: str, identity: str) -> None:
         self.get(owner, identity)
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             db.table("files").delete(identity)
         self._remove(identity)
+
+    def expire(self) -> list[StoredFile]:
+        """Removes the files that have expired, and returns them."""
+        gone = [StoredFile(**row) for row in self._database.rows(f"select * from files where not {_KEPT}", (now(),))]
+        for file in gone:
+            with self._database.transaction() as db:
+                db.execute("delete from files where id = ?", [file.id])
+            self._remove(file.id)
+        return gone
 
     def erase(self, owner: str) -> int:
         """Removes all files of an owner, the bytes first, so that it can go on where it was killed; returns how many
@@ -137,7 +164,7 @@ class FileStore:
             for row in rows:
                 self.path(row["id"]).unlink(missing_ok=True)
             sync_directory(self._directory)
-            with self._database.transaction() as db:
+            with self._database.freeing() as db:
                 for row in rows:
                     db.table("files").delete(row["id"])
             count += len(rows)

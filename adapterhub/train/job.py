@@ -66,12 +66,16 @@ class Job:
     input_bytes: int  # of both files
     method: Kind
     priority: Priority
-    initial: str | None  # the version that the training goes on from
+    initial: str | None  # the name of the version that the training goes on from
     report: dict[str, Any] | None  # what was found in the files; there as soon as all is prepared on disk
     estimate: dict[str, Any] | None
-    saved_step: int | None  # where the training goes on after a pause or a restart
     proof: dict[str, Any] | None
     result_file: str | None
+
+    @property
+    def follows(self) -> bool:
+        """Whether it goes on from whatever version its `model`, a bare `owner/name`, means when its turn comes."""
+        return self.initial is not None and not self.model.startswith("ft:") and "@" not in self.model
 
     @classmethod
     def of(cls, row: Row) -> Job:

@@ -13,7 +13,7 @@ from typing import Any
 import sqlite_utils
 from sqlite_utils import Migrations
 
-from adapterhub.errors import BadRequest, HubError, NotFound
+from adapterhub.errors import BadRequest, HubError, KeyReused, NotFound
 from adapterhub.swap.catalog import unknown_cursor
 from adapterhub.swap.database import Database, new_id, now
 from adapterhub.train.dataset import Kind
@@ -21,6 +21,10 @@ from adapterhub.train.events import Events
 from adapterhub.train.job import Job, Note, Order, Priority, Status
 
 _RETRY_SECONDS = 120  # an SDK's retry of a creation comes within that
+_AWAITED = f"""
+    e.owner = j.owner and e.owner || '/' || e.suffix = j.model and (e.created_at, e.rowid) < (j.created_at, j.rowid)
+    and e.status not in ({", ".join(f"'{status}'" for status in Status if status.final)})
+"""  # of two jobs: `j` goes on from an adapter by its bare name, and `e`, created before it, adds a version to that
 migrations = Migrations("adapterhub.jobs")
 
 
@@ -73,6 +77,11 @@ def add_methods_and_states(db: sqlite_utils.Database) -> None:
     db.execute("update jobs set status = ? where status in (?, ?)", (Status.VALIDATING, Status.QUEUED, Status.RUNNING))
 
 
+@migrations()
+def drop_saved_step(db: sqlite_utils.Database) -> None:
+    db.execute("alter table jobs drop column saved_step")  # nobody read it: a saved state says so itself
+
+
 class JobStore:
     """Safe to use from any thread."""
 
@@ -85,7 +94,8 @@ class JobStore:
         self, order: Order, *, retry: bool, check: Callable[[str, str | None], None] = lambda *_: None
     ) -> tuple[Job, bool]:
         """Takes in a job for validation, unless a request with the same key or, with `retry`, an equal and recent one
-        has made one. `check` raises when the owner may have no more that make an adapter of that suffix.
+        has made one. Raises KeyReused for a key that came with another request; `check` raises when the owner may have
+        no more that make an adapter of that suffix.
 
         Returns the job, and whether it is new.
         """
@@ -181,8 +191,18 @@ class JobStore:
 
     def next_to_run(self, most: int, but: Collection[str]) -> Job | None:
         """Of the owner with the fewest jobs that run, fewer than `most`; then by priority, then by age. None of `but`,
-        by their ids."""
-        return self._next(Status.QUEUED, (Status.RUNNING,), "(? is null or coalesce(b.n, 0) < ?)", most, but)
+        by their ids, and none that waits for another (`awaited`)."""
+        condition = f"(? is null or coalesce(b.n, 0) < ?) and not exists (select 1 from jobs e where {_AWAITED})"
+        return self._next(Status.QUEUED, (Status.RUNNING,), condition, most, but)
+
+    def awaited(self, job: Job) -> list[str]:
+        """The ids of the jobs that must have ended before this one starts, the oldest first: it goes on from an adapter
+        by its bare name, and they were created before it and make versions of that adapter."""
+        rows = self._database.rows(
+            f"select e.id from jobs j join jobs e on {_AWAITED} where j.id = ? order by e.created_at, e.rowid",
+            (job.id,),
+        )
+        return [row["id"] for row in rows]
 
     def _next(
         self, status: Status, busy: Collection[Status], condition: str, most: int | None, but: Collection[str]
@@ -241,7 +261,7 @@ class JobStore:
 
     def cancel(self, owner: str, identity: str) -> Job:
         """Raises BadRequest when the job has ended already."""
-        with self._database.transaction():
+        with self._database.freeing():
             job = self.get(owner, identity)
             if job.status.final:
                 raise _has_already(job, "cancelled")
@@ -270,13 +290,18 @@ class JobStore:
 
     def _made(self, order: Order, retry: bool) -> Job | None:
         row = self._database.row(
-            """select job from requests where owner = ? and (key = ? or (? and digest = ? and created_at >= ?))
+            """select job, key, digest from requests
+               where owner = ? and (key = ? or (? and digest = ? and created_at >= ?))
                order by created_at desc, rowid desc limit 1""",
             (order.owner, order.key, retry, order.digest, now() - _RETRY_SECONDS),
         )
+        if row is not None and row["digest"] != order.digest:
+            raise KeyReused(row["key"])
         return self.get(order.owner, row["job"]) if row else None
 
 
 def _has_already(job: Job, what: str) -> BadRequest:
-    been = "is already paused" if job.status is Status.PAUSED else f"has already {job.status}"
+    been = {Status.PAUSED: "is already paused", Status.CANCELLED: "was already cancelled"}.get(
+        job.status, f"has already {job.status}"
+    )
     return BadRequest(f"Job {job.id} {been}; it cannot be {what}.", code="invalid_status")

@@ -39,7 +39,7 @@ class Progress:
     learning_rate: float
     gradient_norm: float  # before clipping
     trained_tokens: int
-    tokens_per_second: float  # of the device's time that the run had
+    tokens_per_second: float  # by the clock, since the run began or went on
     seconds_left: float
     valid: Evaluation | None = None
 
@@ -57,7 +57,8 @@ class Snapshot(Protocol):
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """The adapter as it is after `step`, with what has been measured of it; follows that step's `Progress`."""
+    """The adapter as it is after `step`, with what has been measured of it; told before the next step's `Progress`, as
+    soon as the next batch has shown it to work."""
 
     step: int
     block: Block
@@ -66,7 +67,7 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class Saved:
-    """A snapshot: every half minute, with each checkpoint, and last of all when the run is taken out (`last`)."""
+    """A snapshot: every half minute, after each checkpoint, and last of all when the run is taken out (`last`)."""
 
     snapshot: Snapshot
     last: bool = False
@@ -80,6 +81,7 @@ class Proof:
     has_effect: bool
     trained: Evaluation | None  # None where it was not finite
     base: Evaluation | None  # the base alone, on the same data
+    initial: Evaluation | None  # likewise the adapter that the training went on from; None from the base
     held_out: bool  # measured on data that it was not trained on
 
     @property
@@ -90,6 +92,11 @@ class Proof:
     def beats_base(self) -> bool:
         """Of preference pairs: more of them are told apart than by the base, which prefers neither."""
         return self.trained is not None and self.base is not None and self.trained.loss < self.base.loss
+
+    @property
+    def no_worse(self) -> bool:
+        """Than what it went on from."""
+        return self.trained is not None and (self.initial is None or self.trained.loss <= self.initial.loss)
 
 
 @dataclass(frozen=True)
@@ -103,4 +110,14 @@ class Trained:
     stopped_early: bool
 
 
-News = Started | Progress | Checkpoint | Saved | Trained | HubError
+@dataclass(frozen=True)
+class TakenOut:
+    """The run was taken out without a snapshot; nothing more is told, and its memory is free."""
+
+
+@dataclass(frozen=True)
+class Lost:
+    """The device is lost, and with it all that was not saved; nothing more is told. For any thread to tell."""
+
+
+News = Started | Progress | Checkpoint | Saved | Trained | TakenOut | Lost | HubError

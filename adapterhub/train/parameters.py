@@ -14,8 +14,9 @@ from adapterhub.swap.layout import Factors, Layout
 class Parameters:
     """The factors of every target, all A's before all B's, so that each half is one tensor to the optimizer.
 
-    The forward uses `factors`: views into a copy in the base's dtype, with the LoRA scale folded into B, made anew by
-    `refresh` after each optimizer step. The backward adds to `gradients`: fp32 views into one flat gradient.
+    The forward uses `factors`: views into a copy that is made anew by `refresh` after each optimizer step, and is the
+    block as it would be served: in the base's dtype, in the layout's order, with the LoRA scale folded into B. The
+    backward adds to `gradients`: fp32 views into one flat gradient.
     """
 
     def __init__(self, layout: Layout, rank: int, scale: float, dtype: torch.dtype, device: torch.device) -> None:
@@ -25,8 +26,9 @@ class Parameters:
         self.block = torch.zeros(size, device=device)
         self.gradient = torch.zeros(size, device=device)
         self._working = torch.zeros(size, device=device, dtype=dtype)
-        self.factors: Mapping[str, Factors] = self._views(self._working)
+        self.factors: Mapping[str, Factors] = {t.name: f for t, f in layout.all_factors(self._working, rank)}
         self.gradients: Mapping[str, Factors] = self._views(self.gradient)
+        self._masters, self._workings = _lists(self._views(self.block)), _lists(self.factors)
         self.halves = [self._half(self.block, self.gradient, i) for i in (0, 1)]
 
     def start_fresh(self, seed: int) -> None:
@@ -47,15 +49,17 @@ class Parameters:
 
     def refresh(self) -> None:
         """After `block` has changed."""
-        self._working.copy_(self.block)
-        self._working[self._middle :].copy_(self.block[self._middle :] * self.scale)
+        (a, b), (working_a, working_b) = self._masters, self._workings
+        torch._foreach_copy_(working_a, a)  # on a GPU a few launches for all linears
+        torch._foreach_copy_(working_b, torch._foreach_mul(b, self.scale))
 
     def forget_gradients(self) -> None:
         self.gradient.zero_()
 
-    def finish_gradient(self, max_norm: float) -> float:
-        """Turns what the backward has added up into the gradient of `block`, clipped; returns its norm before that,
-        which is not finite when a number in it is not."""
+    def finish_gradient(self, max_norm: float, count: int) -> float:
+        """Turns what the backward has added up of `count` losses into the gradient of `block` for their mean, clipped;
+        returns its norm before that, which is not finite when a number in it is not."""
+        self.gradient.div_(count)
         self.gradient[self._middle :].mul_(self.scale)  # the backward saw B with the scale folded in
         norm = float(self.gradient.norm())
         if norm > max_norm:
@@ -63,12 +67,8 @@ class Parameters:
         return norm
 
     def folded(self) -> torch.Tensor:
-        """The flat block as it is served, in the layout's order, on the CPU."""
-        block = torch.empty_like(self._working)
-        for target, factors in self.layout.all_factors(block, self.rank):
-            factors.a.copy_(self.factors[target.name].a)
-            factors.b.copy_(self.factors[target.name].b)
-        return block.cpu()
+        """A copy of the flat block as it is served, on the CPU."""
+        return self._working.to("cpu", copy=True)
 
     def _half(self, block: torch.Tensor, gradient: torch.Tensor, which: int) -> torch.nn.Parameter:
         part = slice(self._middle) if which == 0 else slice(self._middle, None)
@@ -85,3 +85,8 @@ class Parameters:
             )
             a_at, b_at = a_end, b_end
         return views
+
+
+def _lists(views: Mapping[str, Factors]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """All A's and all B's."""
+    return [factors.a for factors in views.values()], [factors.b for factors in views.values()]

@@ -14,8 +14,11 @@ from adapterhub.swap.layout import Layout
 from adapterhub.train.dataset import Kind
 
 MAX_RANK = 64
+VALID_ITEMS = 256  # of held-out data, for each evaluation; chosen by the seed
+PROOF_ITEMS = 32  # of the training data, where nothing was held out
 _AUTO_STEPS = 60  # small data sets are repeated until they make about that many optimizer steps
-_LEARNING_RATES = {Kind.SUPERVISED: 2e-3, Kind.DPO: 2e-4}
+_LEARNING_RATES = {Kind.SUPERVISED: 2e-3, Kind.DPO: 2e-4}  # for a base of the width
+_WIDTH = 576  # and for narrower ones; a wider one's falls in inverse proportion, as suits Adam (arXiv 2203.03466)
 _CHECKPOINTS = 8  # at most so many are taken on the way
 _PATIENCE = 3  # checkpoints without a better one, where there is held-out data to tell
 
@@ -165,8 +168,8 @@ def _check_number(where: str, value: Any, number: _Number, kind: Kind) -> None:
 def _check_against(given: Mapping[str, Any], initial: BlockMeta, base: Layout) -> None:
     settled: dict[str, Callable[[Any], bool]] = {
         "rank": lambda rank: rank == initial.rank,
-        "alpha": lambda _: False,
-        "rslora": lambda _: False,
+        "alpha": lambda alpha: alpha == _initial_alpha(initial),
+        "rslora": lambda rslora: rslora is False,
         "targets": lambda targets: _layout(_targets(targets, base), base) == initial.layout,
     }
     for name, same in settled.items():
@@ -186,10 +189,12 @@ def make_plan(
     base: Layout,
     kind: Kind = Kind.SUPERVISED,
     *,
+    width: int,
     valid_items: int = 0,
     initial: BlockMeta | None = None,
 ) -> Plan:
-    """Fills in what was left to us, from the size of the data: `items` to train on, `valid_items` to measure with."""
+    """Fills in what was left to us, from the size of the data, `items` to train on and `valid_items` to measure with,
+    and from the base's hidden `width`."""
     chosen = {name: value for name, value in given.items() if value not in (None, "auto")}
 
     def number(name: str, otherwise: float) -> float:
@@ -203,12 +208,12 @@ def make_plan(
     targets = _targets(chosen.get("targets"), base)
     if initial is not None:
         rank, rslora, targets = initial.rank, False, _suffixes(initial.layout, base)
-        alpha = initial_scale(initial) * rank
+        alpha = _initial_alpha(initial)
     return Plan(
         kind=kind,
         n_epochs=int(number("n_epochs", min(most, max(2, round(_AUTO_STEPS / per_epoch))))),
         batch_size=batch_size,
-        learning_rate=number("learning_rate", _LEARNING_RATES[kind]),
+        learning_rate=number("learning_rate", _learning_rate(kind, width)),
         learning_rate_multiplier=number("learning_rate_multiplier", 1.0),
         schedule=Schedule(chosen.get("schedule", Schedule.LINEAR)),
         rank=rank,
@@ -226,10 +231,20 @@ def make_plan(
     )
 
 
+def _learning_rate(kind: Kind, width: int) -> float:
+    """To two digits."""
+    return float(f"{_LEARNING_RATES[kind] * min(1, _WIDTH / width):.2g}")
+
+
 def initial_scale(initial: BlockMeta) -> float:
     """What to divide B by so that training goes on as it was; 1 where modules differ in it."""
     scales = set(initial.scales)
     return scales.pop() if len(scales) == 1 else 1.0
+
+
+def _initial_alpha(initial: BlockMeta) -> float:
+    """As a plan that goes on from it shows it, without rsLoRA."""
+    return initial_scale(initial) * initial.rank
 
 
 def target_layout(plan: Plan, base: Layout) -> Layout:
@@ -256,7 +271,7 @@ def _targets(given: Any, base: Layout) -> tuple[str, ...]:
     known = sorted({_suffix(t.name) for t in base.targets})
     if not isinstance(given, list) or not given or not all(g in known for g in given):
         raise BadRequest(
-            f'hyperparameters.targets is {given!r}; it must be "all" or a list out of {", ".join(known)}.',
+            f'hyperparameters.targets is {repr(given)[:80]}; it must be "all" or a list out of {", ".join(known)}.',
             param="hyperparameters.targets",
         )
     return tuple(sorted(set(given)))

@@ -137,7 +137,7 @@ def _message(message: Any, where: str, line: Line) -> tuple[Message, bool]:
         content = "".join(part["text"] for part in content)
     elif not isinstance(content, str):
         line.refuse(f"{where} needs a text as 'content'")
-    weight = message.get("weight", 1)
+    weight = 1 if message.get("weight") is None else message["weight"]
     if weight not in (0, 1) or (weight == 0 and role != "assistant"):
         line.refuse(f"{where} has the weight {repr(weight)[:80]}; assistant messages can have 0 or 1")
     return {"role": role, "content": content}, role == "assistant" and weight == 1

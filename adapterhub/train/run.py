@@ -21,15 +21,14 @@ from adapterhub.swap.block import Block, BlockMeta
 from adapterhub.train.dataset import DataSet, Kind
 from adapterhub.train.news import Checkpoint, Evaluation, News, Progress, Proof, Saved, Started, Trained
 from adapterhub.train.parameters import Parameters
-from adapterhub.train.plan import Plan, initial_scale, target_layout
-from adapterhub.train.state import RunState
+from adapterhub.train.plan import PROOF_ITEMS, VALID_ITEMS, Plan, initial_scale, target_layout
+from adapterhub.train.state import CopyRoom, RunState
 from adapterhub.train.work import PreferenceWork, References, ReferenceWork, Work
 
 _MAX_NORM = 1.0
 _SAVE_SECONDS = 30.0
-_VALID_ITEMS = 256  # of a validation file, for each evaluation; chosen by the seed
-_PROOF_ITEMS = 32  # of the training data, where nothing was held out
-_SMOOTH = 5  # losses, whose mean is compared with the first one, to see an explosion
+_SMOOTH = 5  # losses, whose mean tells a rise from a hard batch
+_RISE = 1.0  # nats
 
 
 @dataclass
@@ -38,14 +37,15 @@ class _Facts:
 
     step: int = 0
     reported: int = 0  # the step whose progress was told last
+    kept: int = 0  # the step whose checkpoint was told last
     trained_tokens: int = 0
     loss: float = 0.0  # of the last step, as are the next three
     accuracy: float = 0.0
     rate: float = 0.0
     norm: float = 0.0
-    first: float | None = None  # the first loss
-    latest: list[float] = field(default_factory=list)  # and the latest
+    latest: list[float] = field(default_factory=list)  # losses, since a rise was suspected last
     base: dict[str, float] | None = None  # the base's Evaluation
+    start: dict[str, float] | None = None  # that of what the training begins with: the base, or an adapter
     valid: dict[str, float] | None = None  # the latest Evaluation
     best: dict[str, float] | None = None  # the best one on the way, with early stopping
     best_step: int = 0
@@ -66,8 +66,10 @@ class Run:
         *,
         initial: Block | None = None,
         state: RunState | None = None,
+        copies: CopyRoom | None = None,
     ) -> None:
-        """`initial` is the adapter to go on from; `state` what a snapshot of this very run has saved."""
+        """`initial` is the adapter to go on from; `state` what a snapshot of this very run has saved; `copies` the room
+        for its snapshots, which all runs share, or None for no limit."""
         self.plan, self.tell = plan, tell
         self._base, self._train, self._valid, self._initial = base, train, valid, initial
         self._steps = plan.steps(len(train))
@@ -77,7 +79,10 @@ class Run:
         self._parameters = Parameters(layout, plan.rank, scale, base.dtype, base.device)
         groups = [{"params": [half]} for half in self._parameters.halves]
         self._optimizer = torch.optim.AdamW(groups, lr=0.0, weight_decay=plan.weight_decay, fused=True)
+        self._copies, self._owes_state = copies, False
         self._references: dict[DataSet, References] = {}
+        self._epoch, self._order = -1, np.empty(0, np.int64)  # of the items, in that epoch
+        self._measured = self._choose_measured()
         self._facts = _Facts()
         self._best: torch.Tensor | None = None  # the payload of the best evaluation
         if state is not None:
@@ -86,6 +91,7 @@ class Run:
             self._parameters.start_from(initial)
         else:
             self._parameters.start_fresh(plan.seed)
+        self._take_memory()
         self._began = self._saved = time.monotonic()
         self._began_at, self._began_tokens = self._facts.step, self._facts.trained_tokens
 
@@ -103,7 +109,9 @@ class Run:
         self._began = self._saved = time.monotonic()
         self.tell(Started(facts.step, self._steps))
         if facts.base is None:
-            facts.base = asdict((yield from self._measure(None)))
+            facts.base = asdict((yield from self._evaluate(None)))
+        if facts.start is None:
+            facts.start = asdict((yield from self._evaluate(self._parameters))) if self._initial else facts.base
         while True:
             if facts.reported < facts.step:
                 yield from self._report()
@@ -121,6 +129,14 @@ class Run:
         if self._best is not None:
             tensors["best"] = self._best
         return RunState(self._facts.step, tensors, asdict(self._facts))
+
+    def _take_memory(self) -> None:
+        """Of the optimizer, as it would itself at its first step: a device that has too little for a run says so before
+        the run begins."""
+        for half in self._parameters.halves:
+            if not self._optimizer.state[half]:
+                moments = {name: torch.zeros_like(half) for name in ("exp_avg", "exp_avg_sq")}
+                self._optimizer.state[half] = {"step": torch.zeros((), device=half.device), **moments}
 
     def _restore(self, state: RunState) -> None:
         device = self._parameters.block.device
@@ -141,13 +157,15 @@ class Run:
     # -- learning
 
     def _learn(self) -> Iterator[Work]:
-        """One optimizer step."""
+        """One optimizer step. The loss of its batch is the first of what the last step has made, and shows that to work
+        before it is kept."""
         facts, plan, parameters = self._facts, self.plan, self._parameters
-        items = self._batch(facts.step)
-        work = yield from self._done(self._train, items, parameters, learn=True)
-        facts.loss, facts.accuracy = work.result.loss, work.result.accuracy
-        facts.norm = parameters.finish_gradient(_MAX_NORM)
-        self._check()
+        work = yield from self._done(self._train, self._batch(facts.step), parameters, learn=True)
+        found, norm = work.result, parameters.finish_gradient(_MAX_NORM, work.whole)
+        self._check_finite(found.loss, norm)
+        latest = yield from self._check_rise([*facts.latest, found.loss][-_SMOOTH:])
+        self._keep()
+        facts.loss, facts.accuracy, facts.norm, facts.latest = found.loss, found.accuracy, norm, latest
         facts.rate = plan.learning_rate_at(facts.step, self._steps)
         for group, ratio in zip(self._optimizer.param_groups, (1.0, plan.lora_plus_ratio), strict=True):
             group["lr"] = facts.rate * ratio
@@ -159,49 +177,83 @@ class Run:
     def _batch(self, step: int) -> list[int]:
         """Every item once an epoch, in an order that the seed decides."""
         epoch, at = divmod(step, self.plan.steps_per_epoch(len(self._train)))
-        order = np.random.default_rng((self.plan.seed, epoch)).permutation(len(self._train))
+        if epoch != self._epoch:
+            order = np.random.default_rng((self.plan.seed, epoch)).permutation(len(self._train))
+            self._epoch, self._order = epoch, order
         size = self.plan.batch_size
-        return [int(i) for i in order[at * size : (at + 1) * size]]
+        return self._order[at * size : (at + 1) * size].tolist()
 
-    def _check(self) -> None:
-        """Raises ServerFault when the training has diverged."""
+    def _keep(self) -> None:
+        """The adapter as it is since the last step, where a checkpoint is due; with it, and now and then, the state, as
+        soon as there is room for a copy."""
         facts = self._facts
+        if facts.step in self._checkpoints and facts.kept < facts.step:
+            facts.kept, self._owes_state = facts.step, True
+            if self.plan.keep_checkpoints:
+                self.tell(Checkpoint(facts.step, self._block(self._parameters.folded()), self._metrics()))
+        if self._owes_state or time.monotonic() - self._saved >= _SAVE_SECONDS:
+            self._save()
+
+    def _save(self) -> None:
+        if self._copies is not None and not self._copies.admits(3 * self._parameters.block.nbytes):
+            return  # others' states are being written: after the next step, then
+        state = self.snapshot()
+        if self._copies is not None:
+            self._copies.take(state)
+        self.tell(Saved(state))
+        self._saved, self._owes_state = time.monotonic(), False
+
+    # -- diverging
+
+    def _check_finite(self, *numbers: float) -> None:
+        if not all(map(math.isfinite, numbers)):
+            raise self._diverged(f"The loss is not finite after step {self._facts.step}")
+
+    def _check_rise(self, latest: list[float]) -> Generator[Work, None, list[float]]:
+        """Raises ServerFault when the losses of the latest batches have risen far above what the training began with:
+        by a nat, and where that is an adapter, more than half of the way back to the base. They may just be hard
+        batches, so it is on their very items that all three are measured then. Returns the losses to go on with."""
+        facts = self._facts
+        assert facts.base is not None
+        assert facts.start is not None
+        expected = min(facts.start["loss"], facts.base["loss"])
+        if len(latest) < _SMOOTH or float(np.mean(latest)) <= expected + _RISE:
+            return latest
+        steps = range(facts.step + 1 - _SMOOTH, facts.step + 1)
+        items = sorted({item for step in steps for item in self._batch(step)})
+        now = (yield from self._measure(self._parameters, self._train, items)).loss
+        base = start = (yield from self._measure(None, self._train, items)).loss
+        if self._initial is not None:
+            start = (yield from self._measure(self._beginning(self._initial), self._train, items)).loss
+        if not now <= max(start + _RISE, (start + base) / 2):
+            raise self._diverged(f"The loss rose from {start:.2f} to {now:.2f} by step {facts.step}")
+        return []
+
+    def _beginning(self, initial: Block) -> Parameters:
+        """What the training has begun with."""
+        own = self._parameters
+        parameters = Parameters(own.layout, own.rank, own.scale, self._base.dtype, self._base.device)
+        parameters.start_from(initial)
+        return parameters
+
+    def _diverged(self, what: str) -> ServerFault:
         advice = f"Lower learning_rate_multiplier (it was {self.plan.learning_rate_multiplier:g})."
-        if not math.isfinite(facts.loss) or not math.isfinite(facts.norm):
-            raise ServerFault(
-                f"The loss is not finite at step {facts.step + 1}: the training diverged. {advice}",
-                code="training_diverged",
-            )
-        if facts.first is None:
-            facts.first = facts.loss
-        facts.latest = [*facts.latest, facts.loss][-_SMOOTH:]
-        now = float(np.mean(facts.latest))
-        if len(facts.latest) == _SMOOTH and now > 1.5 * facts.first + 1:
-            raise ServerFault(
-                f"The loss rose from {facts.first:.2f} to {now:.2f} by step {facts.step + 1}: the training diverged. "
-                f"{advice}",
-                code="training_diverged",
-            )
+        return ServerFault(f"{what}: the training diverged. {advice}", code="training_diverged")
 
     # -- measuring and telling
 
     def _report(self) -> Iterator[Work]:
-        """After an optimizer step: its progress, and now and then an evaluation and a checkpoint."""
+        """After an optimizer step: its progress, and now and then an evaluation."""
         facts = self._facts
         valid = None
         due = facts.step in self._checkpoints
         if self._valid is not None and (due or facts.step == self._steps):
-            valid = yield from self._measure(self._parameters)
+            valid = yield from self._evaluate(self._parameters)
             facts.valid = asdict(valid)
             if due and self.plan.early_stopping:
                 self._compare(valid)
         facts.reported = facts.step
         self.tell(self._progress(valid))
-        if due and self.plan.keep_checkpoints:
-            self.tell(Checkpoint(facts.step, self._block(self._parameters.folded()), self._metrics(valid)))
-        if due or time.monotonic() - self._saved >= _SAVE_SECONDS:
-            self.tell(Saved(self.snapshot()))
-            self._saved = time.monotonic()
 
     def _compare(self, found: Evaluation) -> None:
         """Is it the best so far, and if not, is it time to stop?"""
@@ -229,41 +281,56 @@ class Run:
             valid=valid,
         )
 
-    def _metrics(self, valid: Evaluation | None) -> dict[str, float]:
+    def _metrics(self) -> dict[str, float]:
+        """Of the last step, after which a checkpoint is due."""
         facts = self._facts
         found: dict[str, float] = {
             "step": facts.step,
             "train_loss": facts.loss,
             "train_mean_token_accuracy": facts.accuracy,
         }
-        if valid is not None:
-            found |= {"full_valid_loss": valid.loss, "full_valid_mean_token_accuracy": valid.accuracy}
+        if facts.valid is not None:
+            found |= {
+                "full_valid_loss": facts.valid["loss"],
+                "full_valid_mean_token_accuracy": facts.valid["accuracy"],
+            }
         return found
 
-    def _measure(self, adapter: Parameters | None) -> Generator[Work, None, Evaluation]:
-        """The adapter, or the base alone, on held-out data; where there is none, on some of the training data."""
+    def _choose_measured(self) -> list[int]:
+        """The items of every evaluation."""
+        data, most = (self._train, PROOF_ITEMS) if self._valid is None else (self._valid, VALID_ITEMS)
+        return np.random.default_rng(self.plan.seed).permutation(len(data))[:most].tolist()
+
+    def _evaluate(self, adapter: Parameters | None) -> Generator[Work, None, Evaluation]:
+        """The adapter, or the base alone, on held-out data; where there is none, on some of the training data. Raises
+        ServerFault when that has no finite loss."""
+        found = yield from self._measure(adapter, self._valid or self._train, self._measured)
+        self._check_finite(found.loss)
+        return found
+
+    def _measure(
+        self, adapter: Parameters | None, data: DataSet, items: list[int]
+    ) -> Generator[Work, None, Evaluation]:
         if adapter is None and self.plan.kind is Kind.DPO:
             return Evaluation(math.log(2), 0.0)  # the base gains nothing over itself: every margin is 0
-        data = self._valid or self._train
-        most = _PROOF_ITEMS if self._valid is None else _VALID_ITEMS
-        items = [int(i) for i in np.random.default_rng(self.plan.seed).permutation(len(data))[:most]]
         work = yield from self._done(data, items, adapter)
         return work.result
 
     def _finish(self) -> Iterator[Work]:
         facts = self._facts
         payload, step = self._parameters.folded(), facts.step
-        found = Evaluation(**facts.valid) if facts.valid else (yield from self._measure(self._parameters))
+        found = Evaluation(**facts.valid) if facts.valid else (yield from self._evaluate(self._parameters))
         if facts.best is not None and not found.loss <= facts.best["loss"]:
             assert self._best is not None
             payload, step, found = self._best, facts.best_step, Evaluation(**facts.best)
         block = self._block(payload)
         assert facts.base is not None
         proof = Proof(
-            finite=bool(payload.isfinite().all()) and math.isfinite(found.loss),
+            finite=bool(payload.isfinite().all()),
             has_effect=len(list(peft.no_effect(block))) < len(block.meta.layout.targets),
             trained=found,
             base=Evaluation(**facts.base),
+            initial=Evaluation(**facts.start) if self._initial and facts.start else None,
             held_out=self._valid is not None,
         )
         self.tell(Trained(block, step, facts.trained_tokens, proof, facts.stopped))

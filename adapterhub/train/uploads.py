@@ -39,7 +39,8 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class Upload:
-    """`bytes`: how many its file will have; `file`: its id, once the upload is completed."""
+    """`bytes`: how many its file will have; `file`: its id, once the upload is completed; `file_seconds`: for how long
+    that is kept, None: until it is deleted."""
 
     id: str
     owner: str
@@ -50,6 +51,7 @@ class Upload:
     file: str | None
     created_at: int
     expires_at: int
+    file_seconds: int | None = None
 
     @classmethod
     def of(cls, row: Row) -> Upload:
@@ -73,12 +75,21 @@ class UploadStore:
         self._files = files
         self._directory = directory
 
-    def create(self, owner: str, filename: str, purpose: str, nbytes: int) -> Upload:
+    def create(self, owner: str, filename: str, purpose: str, nbytes: int, file_seconds: int | None = None) -> Upload:
         """Raises BadRequest, and QuotaExceeded when too many are pending."""
         check_purpose(purpose)
         made = now()
         upload = Upload(
-            new_id("upload"), owner, plain_name(filename), purpose, nbytes, Status.PENDING, None, made, made + _SECONDS
+            new_id("upload"),
+            owner,
+            plain_name(filename),
+            purpose,
+            nbytes,
+            Status.PENDING,
+            file=None,
+            created_at=made,
+            expires_at=made + _SECONDS,
+            file_seconds=file_seconds,
         )
         with self._database.transaction() as db:
             [row] = self._database.rows(
@@ -133,7 +144,8 @@ class UploadStore:
         _check_pending(upload)
         self._check_parts(upload, parts)
         digest = hashlib.md5(usedforsecurity=False)
-        file = self._files.write(owner, upload.filename, upload.purpose, self._joined(upload, parts, digest.update))
+        joined = self._joined(upload, parts, digest.update)
+        file = self._files.write(owner, upload.filename, upload.purpose, joined, upload.file_seconds)
         try:
             if md5 is not None and digest.hexdigest() != md5.lower():
                 raise BadRequest(
@@ -161,7 +173,7 @@ class UploadStore:
     def cancel(self, owner: str, identity: str) -> Upload:
         """Raises NotFound, and BadRequest when it is completed or has expired."""
         gone: list[str] = []
-        with self._database.transaction():
+        with self._database.freeing():
             upload = self.get(owner, identity)
             if upload.status is not Status.CANCELLED:
                 _check_pending(upload)
@@ -177,6 +189,11 @@ class UploadStore:
         except NotFound:
             return None
 
+    def pending(self, owner: str) -> list[tuple[Upload, dict[str, Path]]]:
+        """The uploads of an owner that have not ended, and their parts' files, by the parts' ids."""
+        rows = self._database.rows("select * from uploads where owner = ? and status = ?", (owner, Status.PENDING))
+        return [(Upload.of(row), {part: self._path(part) for part in self._parts(row["id"])}) for row in rows]
+
     def expire(self) -> None:
         """Removes what has expired."""
         rows = self._database.rows(
@@ -185,7 +202,7 @@ class UploadStore:
         )
         for row in rows:
             gone: list[str] = []
-            with self._database.transaction() as db:
+            with self._database.freeing() as db:
                 if row["status"] == Status.PENDING and (found := self._database.row(_OF_ID, (row["id"],))):
                     if (upload := Upload.of(found)).status is Status.EXPIRED:  # it was not completed just now
                         gone = self._end(upload, Status.EXPIRED)
@@ -199,7 +216,7 @@ class UploadStore:
             "select p.id from parts p join uploads u on u.id = p.upload where u.owner = ?", (owner,)
         )
         self._remove(row["id"] for row in rows)
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             count = db.table("uploads").count_where("owner = ?", [owner])
             db.execute("delete from uploads where owner = ?", [owner])
         return count
@@ -252,10 +269,13 @@ class UploadStore:
     def _end(self, upload: Upload, status: Status, *, file: str | None = None) -> list[str]:
         """Within a transaction; returns the parts whose bytes are to be removed after it."""
         with self._database.transaction() as db:
-            gone = [row["id"] for row in self._database.rows("select id from parts where upload = ?", (upload.id,))]
+            gone = self._parts(upload.id)
             db.execute("delete from parts where upload = ?", [upload.id])
             db.table("uploads").update(upload.id, {"status": status, "file": file})
         return gone
+
+    def _parts(self, upload: str) -> list[str]:
+        return [row["id"] for row in self._database.rows("select id from parts where upload = ?", (upload,))]
 
     def _path(self, part: str) -> Path:
         return self._directory / part

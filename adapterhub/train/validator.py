@@ -1,6 +1,7 @@
 """Takes jobs from `validating_files` to `queued`: reads and tokenizes their files, and fills in what was left to us.
 
-When a job is queued, all that its training needs lies in its workspace.
+When a job is queued, all that its training needs lies in its workspace, and what it will make counts among what its
+owner keeps.
 """
 
 from __future__ import annotations
@@ -8,15 +9,16 @@ from __future__ import annotations
 import json
 import logging
 import threading
-from collections.abc import Callable, Collection
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from adapterhub.base.engine import Engine
+from adapterhub.base.fleet import Fleet
 from adapterhub.base.model import Base
+from adapterhub.base.share import PieceCosts
 from adapterhub.base.text import TextCodec
 from adapterhub.config import MIB
-from adapterhub.errors import HubError, InvalidTrainingFile, NotFound, ServerFault
+from adapterhub.errors import HubError, InvalidTrainingFile, NotFound, ServerFault, WrongBase
 from adapterhub.swap.block import BlockMeta
 from adapterhub.swap.database import Database
 from adapterhub.swap.registry import Registry
@@ -24,13 +26,22 @@ from adapterhub.train.estimate import Estimate, estimate
 from adapterhub.train.files import FileStore
 from adapterhub.train.job import Job, Status, check_fingerprint
 from adapterhub.train.jobs import JobStore
-from adapterhub.train.plan import Plan, make_plan
+from adapterhub.train.plan import Plan, make_plan, target_layout
 from adapterhub.train.prepare import Prepared, prepare
+from adapterhub.train.quota import Room
 from adapterhub.train.workspace import Workspaces
 
 log = logging.getLogger(__name__)
 _PAUSE_SECONDS = 2
 _SMALL_BYTES = 4 * MIB  # a few seconds
+
+
+@dataclass(frozen=True)
+class _Initial:
+    """What a job goes on from."""
+
+    model: str
+    meta: BlockMeta
 
 
 class _Interrupted(Exception):
@@ -43,17 +54,21 @@ class Validator:
 
     def __init__(
         self,
-        engine: Engine,
+        engine: Fleet,
         codec: TextCodec,
         database: Database,
         registry: Registry,
         files: FileStore,
         jobs: JobStore,
         workspaces: Workspaces,
+        room: Room,
+        costs: Sequence[PieceCosts],
     ) -> None:
+        """`costs`: what training costs, on each device."""
         self._base, self._context, self._codec = engine.base, engine.context, codec
         self._database, self._registry = database, registry
-        self._files, self._jobs, self._workspaces = files, jobs, workspaces
+        self._files, self._jobs, self._workspaces, self._room = files, jobs, workspaces, room
+        self._costs = costs
         self._changed = threading.Condition()
         self._stopping = False
         self._taken: set[str] = set()  # jobs that are being validated
@@ -62,9 +77,10 @@ class Validator:
             for name, most in (("any", None), ("small", _SMALL_BYTES))
         ]
 
-    def start(self, on_queued: Callable[[], None]) -> None:
-        """`on_queued` is called after a job was validated."""
-        self._on_queued = on_queued
+    def start(self, on_done: Callable[[], None]) -> None:
+        """`on_done` is called after a job was validated, has failed, or was cancelled meanwhile: others may have waited
+        for it, and what it had on disk may go."""
+        self._on_done = on_done
         for thread in self._threads:
             thread.start()
 
@@ -76,10 +92,15 @@ class Validator:
         for thread in self._threads:
             thread.join()
 
+    @property
+    def taken(self) -> set[str]:
+        """The ids of the jobs that are being validated."""
+        with self._changed:
+            return set(self._taken)
+
     def busy(self, jobs: Collection[str]) -> bool:
         """Whether one of those jobs, by their ids, is being validated."""
-        with self._changed:
-            return not self._taken.isdisjoint(jobs)
+        return not self.taken.isdisjoint(jobs)
 
     def wake(self) -> None:
         with self._changed:
@@ -96,6 +117,7 @@ class Validator:
             finally:
                 with self._changed:
                     self._taken.remove(job.id)
+                self._on_done()
 
     def _next(self, most_bytes: int | None) -> Job | None:
         """Waits for a job to validate, and takes it; None when the server stops."""
@@ -112,7 +134,7 @@ class Validator:
         try:
             self._validate(job)
         except _Interrupted:
-            pass
+            return
         except HubError as error:
             self._jobs.fail(job, error)
         except Exception as error:
@@ -124,35 +146,49 @@ class Validator:
         check_fingerprint(job, self._base)
         initial = self._initial(job)
         prepared = self._prepare(job)
-        plan = plan_of(job, prepared, self._base, initial)
-        rate = (self._jobs.events.last_metrics() or {}).get("tokens_per_second")
-        expected = estimate(prepared.train, prepared.valid, plan, rate)
+        plan = plan_of(job, prepared, self._base, initial.meta if initial else None)
+        costs = next((costs for costs in self._costs if costs.known), None)
+        nbytes = target_layout(plan, self._base.layout).numel(plan.rank) * self._base.dtype.itemsize
+        expected = estimate(prepared.train, prepared.valid, plan, costs, nbytes, going_on=initial is not None)
         with self._database.transaction():
             if not self._waits(job):
                 return
-            for level, message in [*prepared.report.messages(), ("info", _outlook(plan, prepared, expected))]:
+            self._room.check_bytes(job.owner, nbytes, job=job.id)
+            for level, message in self._told(job, prepared, _outlook(plan, prepared, expected)):
                 self._jobs.events.add(job.id, message, level=level)
             self._jobs.move(
                 job,
                 Status.QUEUED,
-                "Files validated, moving job to queued state",
+                "Files validated, moving job to queued state" if job.report is None else "Moving job to queued state",
                 hyperparameters=json.dumps(plan.hyperparameters),
                 report=prepared.report.json,
                 estimate=json.dumps(asdict(expected)),
+                initial=initial.model if initial else None,
             )
-        self._on_queued()
 
-    def _initial(self, job: Job) -> BlockMeta | None:
-        """Sets aside the adapter that the job goes on from."""
+    def _told(self, job: Job, prepared: Prepared, outlook: str) -> list[tuple[str, str]]:
+        """What the job's events say, with their levels; nothing when its files were validated before."""
+        if job.report is not None:
+            return []
+        told = [*prepared.report.messages(), ("info", outlook)]
+        if awaited := self._jobs.awaited(job):
+            told.append(("info", f"The job waits for {', '.join(awaited)}, and goes on from what {job.model} is then"))
+        return told
+
+    def _initial(self, job: Job) -> _Initial | None:
+        """Sets aside the adapter that the job goes on from: what its name means now, or the version that it names."""
         if job.initial is None:
             return None
-        try:
-            block = self._registry.block(self._registry.version(job.owner, job.initial))
-        except NotFound as error:
+        version = self._registry.resolve(job.owner, job.model if job.follows else job.initial)
+        if version is None:
             message = f"The model {job.model} was deleted before the job could go on from it."
-            raise NotFound(message, param="model", code="model_not_found") from error
+            raise NotFound(message, param="model", code="model_not_found")
+        if version.fingerprint != self._base.fingerprint:
+            message = f"{job.model} is now {version.model}, which was made for another base."
+            raise WrongBase(message, param="model")
+        block = self._registry.block(version)
         self._workspaces.of(job.id).keep_initial(block)
-        return block.meta
+        return _Initial(version.model, block.meta)
 
     def _prepare(self, job: Job) -> Prepared:
         directory = self._workspaces.of(job.id).directory
@@ -204,6 +240,7 @@ def plan_of(job: Job, prepared: Prepared, base: Base, initial: BlockMeta | None)
         len(prepared.train),
         base.layout,
         job.method,
+        width=base.width,
         valid_items=len(prepared.valid) if prepared.valid else 0,
         initial=initial,
     )

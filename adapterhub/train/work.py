@@ -27,7 +27,7 @@ class Work:
     def __init__(self, data: DataSet, items: Iterable[int], adapter: Parameters | None, *, learn: bool = False) -> None:
         self.data, self.adapter, self.learn = data, adapter, learn
         self._items = list(items)
-        self._whole = self._count(self._items)
+        self.whole = self._count(self._items)  # what means are over
         self.start_over()
 
     def start_over(self) -> None:
@@ -52,21 +52,29 @@ class Work:
         self.tokens += int(self.data.lengths[number])
         return number, self.data[number]
 
+    def put_back(self, numbers: list[int]) -> None:
+        """Items that were taken last and not settled; they are taken again."""
+        self._left.extendleft(reversed(numbers))
+        self.tokens -= self.tokens_of(numbers)
+
+    def tokens_of(self, numbers: list[int]) -> int:
+        return int(self.data.lengths[numbers].sum())
+
     def settle(self, numbers: list[int], outcome: Outcome) -> torch.Tensor:
-        """Notes the outcome of items that were taken; returns their part of the loss, which may have a backward."""
+        """Notes the outcome of items that were taken; returns the sum of their losses, which may have a backward. It is
+        `Parameters.finish_gradient` that makes it a mean: divided before, gradients of 16 bits might vanish."""
         losses, right = self._score(numbers, outcome)
-        loss = losses / self._whole
-        self._loss += float(loss.detach())
+        self._loss += float(losses.detach()) / self.whole
         self._right += right
-        return loss
+        return losses
 
     @property
     def result(self) -> Evaluation:
         """Of the whole work, once it is done and settled."""
-        return Evaluation(self._loss, self._right / self._whole)
+        return Evaluation(self._loss, self._right / self.whole)
 
     def _count(self, numbers: list[int]) -> int:
-        """What the means are over."""
+        """What means of these items are over."""
         return int(self.data.learned_counts[numbers].sum())
 
     def _score(self, numbers: list[int], outcome: Outcome) -> tuple[torch.Tensor, float]:

@@ -16,8 +16,8 @@ class Worker:
         self._validator, self._conductor = validator, conductor
 
     def start(self) -> None:
-        self._validator.start(on_queued=self._conductor.wake)
-        self._conductor.start(on_unprepared=self._validator.wake)
+        self._validator.start(on_done=self._conductor.wake)
+        self._conductor.start(on_unprepared=self._validator.wake, validating=lambda: self._validator.taken)
 
     def stop(self) -> None:
         """While the engine still runs: it hands over the states of the runs."""

@@ -23,9 +23,12 @@ class Workspace:
         return self.directory / "state.safetensors"
 
     def keep_initial(self, block: Block) -> None:
-        """The adapter to go on from. Raises StorageFull."""
+        """The adapter to go on from, in place of another. Raises StorageFull."""
         self.directory.mkdir(exist_ok=True, mode=0o700)
-        write_block(block, self.directory)
+        kept = write_block(block, self.directory)
+        for path in self.directory.glob(f"*{SUFFIX}"):
+            if path != kept:
+                path.unlink()
 
     def initial(self) -> Block | None:
         """Raises BlockDamaged."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from figure import Figure
 
-from benchmarks import coldboot, decode, grammar, memory, policy, prefill, scale, start, trace, train
+from benchmarks import coldboot, decode, grammar, memory, policy, prefill, profile, scale, start, trace, train
 from benchmarks.peers import Setting
 from benchmarks.report import DOCS, publish, save, show
 
@@ -17,6 +17,7 @@ BENCHES: dict[str, Callable[[Setting], list[Figure]]] = {
     "memory": memory.run,
     "coldboot": coldboot.run,
     "decode": decode.run,
+    "profile": profile.run,
     "prefill": prefill.run,
     "scale": scale.run,
     "trace": trace.run,

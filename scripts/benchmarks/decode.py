@@ -11,11 +11,10 @@ from figure import Figure
 from benchmarks.limits import memory_bandwidth
 from benchmarks.load import Load, Round
 from benchmarks.peers import Peer, Setting, prompt_ids
-from benchmarks.server import Server, import_adapters, server
+from benchmarks.server import Server, base, import_adapters, server
 from benchmarks.turns import Case, ratios, take_turns
 
 STREAMS = (1, 4, 16, 32)
-PEER_STREAMS = (1, 16)
 TOKENS = 64
 ROUNDS = 3
 BASE, ONE, ALL = "base", "one adapter", "all different"
@@ -39,11 +38,11 @@ class Own:
 def run(setting: Setting) -> list[Figure]:
     bandwidths = [memory_bandwidth()]
     prompt = prompt_ids()
-    with server() as plain, server("--quantize", "int4") as int4, setting.peers(max(PEER_STREAMS)) as peers:
+    with server() as plain, server("--quantize", "int4") as int4, setting.peers(max(STREAMS)) as peers:
         own = own_cases(plain, prompt)
         what, load = named(1, BASE), Load(int4.url, int4.key)
         case = Case("", what, partial(load.round, [int4.base], TOKENS, prompt), "int4")
-        own.append(Own(case, own[0].base, int4.tiers()["base"]["bytes"]))
+        own.append(Own(case, own[0].base, read_by_a_step(int4)))
         theirs = [case for peer in peers for case in peer_cases(peer, prompt)]
         take_turns([*(o.case for o in own), *theirs], ROUNDS)
     bandwidths.append(memory_bandwidth())
@@ -56,18 +55,26 @@ def run(setting: Setting) -> list[Figure]:
 def own_cases(running: Server, prompt: list[int]) -> list[Own]:
     adapters = import_adapters(running, max(STREAMS))
     models = [a["model"] for a in adapters]
-    load, name, size = Load(running.url, running.key), running.base, running.tiers()["base"]["bytes"]
+    load, name, size = Load(running.url, running.key), running.base, read_by_a_step(running)
     cases: list[Own] = []
     for streams in STREAMS:
-        base: Case | None = None
+        alone: Case | None = None
         kinds = {BASE: [name] * streams, ONE: models[:1] * streams, ALL: models[:streams]}
         for kind, asked in kinds.items():
             if (streams, kind) != (1, ALL):  # which is ONE
                 case = Case("", named(streams, kind), partial(load.round, asked, TOKENS, prompt))
-                base = base or case
+                alone = alone or case
                 read = size + len({*asked} - {name}) * adapters[0]["bytes"]
-                cases.append(Own(case, base, read / streams))
+                cases.append(Own(case, alone, read / streams))
     return cases
+
+
+def read_by_a_step(running: Server) -> int:
+    """Bytes of the base: all, but for an input embedding that the output layer does not share, as where that is
+    quantized. Of it a step reads a row for each token."""
+    embedding = base().model.get_input_embeddings().weight
+    whole = running.tiers()["base"]["bytes"]
+    return whole - embedding.nbytes if running.quantized else whole
 
 
 def first_token(case: Case) -> str:
@@ -84,7 +91,7 @@ def named(streams: int, kind: str) -> str:
 
 def peer_cases(peer: Peer, prompt: list[int]) -> list[Case]:
     cases = []
-    for streams in PEER_STREAMS:
+    for streams in STREAMS:
         kind = ALL if streams > 1 else ONE
         for what, adapters in ((BASE, [None] * streams), (kind, [*range(streams)])):
             cases.append(Case(peer.name, named(streams, what), partial(peer.ask, adapters, TOKENS, prompt)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -13,6 +13,7 @@ from adapterhub.base.text import TextCodec
 from benchmarks.server import Server, base
 
 POLL_SECONDS = 0.05
+FINAL = ("succeeded", "failed", "cancelled")
 
 
 # -- data
@@ -54,21 +55,33 @@ def upload(running: Server, lines: bytes) -> str:
     return answer.raise_for_status().json()["id"]
 
 
-def create(running: Server, file: str, suffix: str, **hyperparameters: Any) -> str:
-    """A job's id."""
+def create(running: Server, file: str, suffix: str, *, model: str | None = None, **hyperparameters: Any) -> str:
+    """A job's id; it goes on from `model`, None: from the base."""
     method = {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}}
-    body = {"model": running.base, "training_file": file, "suffix": suffix, "seed": 0, "method": method}
+    body = {"model": model or running.base, "training_file": file, "suffix": suffix, "seed": 0, "method": method}
     return running.client.post("/v1/fine_tuning/jobs", json=body).raise_for_status().json()["id"]
+
+
+def wait_until_together(running: Server, jobs: Sequence[tuple[Server, str]]) -> None:
+    """Until all of the jobs, each with its owner, train at the same time."""
+    while training(running)["runs"] < len(jobs):
+        if any(look(user, job)["status"] in FINAL for user, job in jobs):
+            raise SystemExit(f"one of {len(jobs)} jobs has ended before all of them trained at once")
+        time.sleep(POLL_SECONDS)
+
+
+def look(running: Server, job: str) -> dict[str, Any]:
+    return running.client.get(f"/v1/fine_tuning/jobs/{job}").raise_for_status().json()
 
 
 def wait_for(running: Server, job: str) -> dict[str, Any]:
     """The job, once it has succeeded."""
     while True:
-        seen = running.client.get(f"/v1/fine_tuning/jobs/{job}").raise_for_status().json()
-        if seen["status"] in ("failed", "cancelled"):
-            raise SystemExit(f"{job} {seen['status']}: {seen['error']}")
+        seen = look(running, job)
         if seen["status"] == "succeeded":
             return seen
+        if seen["status"] in FINAL:
+            raise SystemExit(f"{job} {seen['status']}: {seen['error']}")
         time.sleep(POLL_SECONDS)
 
 

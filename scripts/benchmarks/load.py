@@ -9,10 +9,12 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx
+import numpy as np
 
+from adapterhub.swap.generate import arrivals
 from benchmarks.server import PROMPT
 
 MAX_CONNECTIONS = 512
@@ -113,3 +115,32 @@ async def complete(client: httpx.AsyncClient, model: str, tokens: int, prompt: A
         tier = answer.headers.get("x-adapterhub-tier", "")
     gaps = tuple(after - before for before, after in pairwise(times))
     return Answer(times[0] - started, time.perf_counter() - started, produced, tier, gaps)
+
+
+class Asked(NamedTuple):
+    """One request of a trace: when it comes, in seconds, its prompt's tokens, and how many are to be answered."""
+
+    at: float
+    prompt: list[int]
+    answer: int
+
+
+def requests(count: int) -> list[Asked]:
+    """Gamma arrivals, prompts and answers of [8, 64) tokens; the same ones each time."""
+    chooser = np.random.default_rng(1)
+    lengths = chooser.integers(8, 64, (count, 2)).tolist()
+    return [
+        Asked(at, chooser.integers(1000, 40_000, prompt).tolist(), answer)
+        for at, (prompt, answer) in zip(arrivals(count).tolist(), lengths, strict=True)
+    ]
+
+
+async def replay(load: Load, models: Sequence[str], asked: Sequence[Asked]) -> list[Answer]:
+    """Each request when it comes, for its model."""
+    async with load.connect() as client:
+
+        async def ask(model: str, one: Asked) -> Answer:
+            await asyncio.sleep(one.at)
+            return await complete(client, model, one.answer, one.prompt)
+
+        return list(await asyncio.gather(*(ask(model, one) for model, one in zip(models, asked, strict=True))))

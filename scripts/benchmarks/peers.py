@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
 import secrets
 import tempfile
@@ -16,7 +17,7 @@ import httpx
 from figure import Figure
 
 from adapterhub.base.embedded import EMBEDDED, base_path, find_gguf
-from benchmarks.load import Load, Round
+from benchmarks.load import Answer, Asked, Load, Round, replay
 from benchmarks.process import peer_process
 from benchmarks.server import PROMPT, base, write_peft_directories
 from benchmarks.turns import SETTLE_SECONDS
@@ -39,6 +40,11 @@ class Peer(Protocol):
 
     def ask(self, adapters: Sequence[int | None], tokens: int, prompt: list[int]) -> Round:
         """One stream for each adapter (None: the base), all at once where the peer can."""
+        ...
+
+    def follow(self, adapters: Sequence[int], asked: Sequence[Asked]) -> list[Answer]:
+        """A trace: each request for its adapter, when it comes or, where the peer can do one thing at a time, after
+        those before it."""
         ...
 
 
@@ -68,6 +74,9 @@ class Vllm:
     def ask(self, adapters: Sequence[int | None], tokens: int, prompt: list[int]) -> Round:
         models = [self._base if adapter is None else self._names[adapter] for adapter in adapters]
         return self._load.round(models, tokens, prompt)
+
+    def follow(self, adapters: Sequence[int], asked: Sequence[Asked]) -> list[Answer]:
+        return asyncio.run(replay(self._load, [self._names[adapter] for adapter in adapters], asked))
 
     def close(self) -> None:
         """Leaves the server as it was."""

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from benchmarks.load import Answer, Round
+from benchmarks.load import Answer, Asked, Round
 
 _SHOWN = 4000  # characters of what a failed peer printed
 
@@ -57,6 +57,16 @@ class PeerProcess:
         times = self._order({"prompt": prompt, "adapters": list(adapters), "tokens": tokens})
         answers = [Answer(first, whole, tokens) for first, whole in times]
         return Round(answers, max(a.whole for a in answers))
+
+    def follow(self, adapters: Sequence[int], asked: Sequence[Asked]) -> list[Answer]:
+        """One after the other; who comes meanwhile waits."""
+        free, answers = 0.0, []
+        for adapter, one in zip(adapters, asked, strict=True):
+            [alone] = self.ask([adapter], one.answer, one.prompt).answers
+            waited = max(free - one.at, 0.0)
+            answers.append(Answer(waited + alone.first, waited + alone.whole, one.answer))
+            free = one.at + waited + alone.whole
+        return answers
 
     def train(self, examples: list[list[int]], prompt: int, batch: int, steps: int) -> Training:
         return Training(*self._order({"train": examples, "prompt": prompt, "batch": batch, "steps": steps}))

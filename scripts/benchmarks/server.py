@@ -12,8 +12,8 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -34,13 +34,14 @@ START_SECONDS = 300
 
 @dataclass
 class Server:
-    """A running server, and a client with its admin key."""
+    """A running server, and a client with a key for it: the operator's, unless it is another owner's (`owners`)."""
 
     process: subprocess.Popen[str]
     client: httpx.Client
     key: str
     data: Path
     start_seconds: float
+    quantized: bool
 
     @property
     def url(self) -> str:
@@ -81,12 +82,26 @@ def server(*options: str, prepare: Callable[[Path], None] = lambda data: None) -
         watchdog.cancel()
         key = (data / "admin.key").read_text().strip()
         with httpx.Client(base_url=url, headers={"Authorization": f"Bearer {key}"}, timeout=600) as client:
-            yield Server(process, client, key, data, seconds)
+            yield Server(process, client, key, data, seconds, "--quantize" in options)
     finally:
         watchdog.cancel()
         process.send_signal(signal.SIGINT)
         process.wait(60)
+        assert process.stdout is not None
+        process.stdout.close()
         shutil.rmtree(data)
+
+
+@contextmanager
+def owners(running: Server, count: int) -> Iterator[list[Server]]:
+    """The server as that many owners see it, each with a key of its own."""
+    with ExitStack() as stack:
+        seen = []
+        for number in range(count):
+            made = running.client.post("/admin/keys", json={"owner": f"owner-{number}"}).raise_for_status().json()
+            client = httpx.Client(base_url=running.url, headers={"Authorization": f"Bearer {made['key']}"}, timeout=600)
+            seen.append(replace(running, client=stack.enter_context(client), key=made["key"]))
+        yield seen
 
 
 def _announced(process: subprocess.Popen[str], log: Path) -> str:

@@ -2,6 +2,9 @@
 them than the device's pool holds. Prompts and answers are uniform in [8, 64) tokens, so that two cores keep up. Of
 10,000 adapters only those that are asked for are written: all together would be 35 GB.
 
+Beside peers, a trace that they can follow: ten adapters of rank 16 on all linears, and no more than the pool holds. A
+peer that is a library answers one request after the other, in the order in which they come.
+
 And what a replay of the server's own trace says of its hits, beside what the server counted: for each policy, 3,000
 requests in four streams by Zipf's law over 2,000 adapters of ranks 1, 2 and 4 on q, with room for 32 of them on the
 device and for 256 in RAM."""
@@ -14,25 +17,26 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import httpx
 import numpy as np
 from figure import Figure
 
 from adapterhub.swap.frames import Trace, read_trace
-from adapterhub.swap.generate import arrivals, power, zipf
+from adapterhub.swap.generate import power, zipf
 from adapterhub.swap.policies import Policy
 from adapterhub.swap.registry import Version
 from adapterhub.swap.simulate import Budgets, simulate
 from adapterhub.swap.simulate import Setting as Replayed
-from benchmarks.load import Answer, Load, complete
+from benchmarks.limits import memory_bandwidth
+from benchmarks.load import Answer, Load, complete, replay, requests
 from benchmarks.peers import Setting
-from benchmarks.server import Server, base, chosen, server
+from benchmarks.server import RANK, Server, base, chosen, import_adapters, server
 from benchmarks.stored import publish
 
 RANKS = (64, 32, 16, 8)
 ADAPTERS = (10, 100, 1000, 10_000)
 ALL_WRITTEN = 1000  # of more adapters than that only those that are asked for
 REQUESTS = 150
+PEER_ADAPTERS, PEER_REQUESTS = 10, 60
 POOL = "128MiB"
 ATTAINED_SECONDS = 6.0
 TARGETS = ("q_proj", "v_proj")
@@ -51,10 +55,28 @@ def run(setting: Setting) -> list[Figure]:
     for count in ADAPTERS:
         for title, answers in _replayed(count).items():
             curves[title] = sorted(a.first * 1e3 for a in answers)
-            figures.append(_figure(title, curves[title], answers))
+            figures.append(_figure(title, answers))
     if setting.plots is not None:
         plot(curves, setting.plots / "trace.png")
+    figures += _beside_peers(setting)
     return [*figures, *(figure for policy in POLICIES for figure in _counted(policy))]
+
+
+def _beside_peers(setting: Setting) -> list[Figure]:
+    """All follow one trace, one contender after the other."""
+    picks, asked = power(PEER_ADAPTERS, PEER_REQUESTS, 0.3).tolist(), requests(PEER_REQUESTS)
+    title = f"{PEER_ADAPTERS} adapters of rank {RANK}, alpha 0.3"
+    with server() as running, setting.peers(PEER_ADAPTERS) as peers:
+        models = [adapter["model"] for adapter in import_adapters(running, PEER_ADAPTERS)]
+        ours = asyncio.run(replay(Load(running.url, running.key), [models[pick] for pick in picks], asked))
+        theirs = {peer.name: peer.follow(picks, asked) for peer in peers}
+    first = statistics.median(a.first for a in ours)
+    compared = [
+        f"{statistics.median(a.first for a in answers) / first:.3g}x at {name}" for name, answers in theirs.items()
+    ]
+    least = f"{base().nbytes / memory_bandwidth() * 1e3:.2g} ms to read the base"
+    figures = [_figure(title, ours, least, *compared)]
+    return figures + [_figure(f"{name}: {title}", answers) for name, answers in theirs.items()]
 
 
 def _replayed(count: int) -> dict[str, list[Answer]]:
@@ -67,7 +89,9 @@ def _replayed(count: int) -> dict[str, list[Answer]]:
         models = {index: version.alias for index, version in zip(written, made, strict=True)}
         there = "" if len(made) == count else f" ({len(made)} of them written)"
         return {
-            f"{count} adapters{there}, {law}": asyncio.run(replay(it, [models[i] for i in picks.tolist()]))
+            f"{count} adapters{there}, {law}": asyncio.run(
+                replay(Load(it.url, it.key), [models[i] for i in picks.tolist()], requests(REQUESTS))
+            )
             for law, picks in laws.items()
         }
 
@@ -135,25 +159,11 @@ def plot(curves: dict[str, list[float]], path: Path) -> None:
     figure.savefig(path, dpi=120, bbox_inches="tight")
 
 
-async def replay(running: Server, models: Sequence[str]) -> list[Answer]:
-    chooser = np.random.default_rng(1)
-    lengths = chooser.integers(8, 64, (len(models), 2)).tolist()
-    options = {"base_url": running.url, "headers": {"Authorization": f"Bearer {running.key}"}, "timeout": 600}
-    async with httpx.AsyncClient(**options, limits=httpx.Limits(max_connections=512)) as client:
-
-        async def ask(at: float, model: str, prompt: int, answer: int) -> Answer:
-            await asyncio.sleep(at)
-            return await complete(client, model, answer, chooser.integers(1000, 40_000, prompt).tolist())
-
-        times = arrivals(len(models)).tolist()
-        asked = [ask(at, model, *length) for at, model, length in zip(times, models, lengths, strict=True)]
-        return list(await asyncio.gather(*asked))
-
-
-def _figure(name: str, first: list[float], answers: list[Answer]) -> Figure:
+def _figure(name: str, answers: list[Answer], *beside: str) -> Figure:
+    first = sorted(a.first * 1e3 for a in answers)
     attained = sum(a.first < ATTAINED_SECONDS for a in answers) / len(answers)
-    hits = sum(a.tier == "device" for a in answers) / len(answers)
-    last = first[int(len(first) * 0.99)]
-    note = f"p99 {last:.0f}; under {ATTAINED_SECONDS:g} s {attained:.0%}; on the device {hits:.0%}"
-    per_token = statistics.median(a.per_token for a in answers) * 1e3
-    return Figure.of(f"{name}: first token", "ms", first, f"{note}; {per_token:.0f} ms per token")
+    notes = [f"p99 {first[int(len(first) * 0.99)]:.0f}", f"under {ATTAINED_SECONDS:g} s {attained:.0%}"]
+    if any(a.tier for a in answers):  # a peer says nothing of that
+        notes.append(f"on the device {sum(a.tier == 'device' for a in answers) / len(answers):.0%}")
+    notes.append(f"{statistics.median(a.per_token for a in answers) * 1e3:.0f} ms per token")
+    return Figure.of(f"{name}: first token", "ms", first, "; ".join([*notes, *beside]))

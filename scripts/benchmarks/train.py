@@ -1,7 +1,7 @@
 """Fine-tuning on the base that serves, rank 16 on all linears: one job's tokens per second; 8 small jobs at once, from
 their creation until all are published, where PEFT trains and saves one after the other; what training and 4 streams
-leave of each other; and seconds from ten new examples to an answer of the model that learned them. Contenders take
-turns."""
+leave of each other; and seconds from ten new examples to an answer of the model that learned them, from the base and on
+top of the last version. Contenders take turns."""
 
 from __future__ import annotations
 
@@ -17,18 +17,30 @@ from typing import NamedTuple
 from figure import Figure
 
 from adapterhub.base.embedded import EMBEDDED, base_path
-from benchmarks.jobs import POLL_SECONDS, create, data, endless_job, trained_while, training, upload, wait_for
+from benchmarks.jobs import (
+    POLL_SECONDS,
+    create,
+    data,
+    endless_job,
+    trained_while,
+    training,
+    upload,
+    wait_for,
+    wait_until_together,
+)
 from benchmarks.load import Answer, Load, complete
 from benchmarks.peers import Setting
 from benchmarks.process import PeerProcess, peer_process
-from benchmarks.server import RANK, Server, chosen, import_adapters, server
+from benchmarks.server import RANK, Server, chosen, import_adapters, owners, server
 from benchmarks.turns import SETTLE_SECONDS
 
 LENGTH, PROMPT, BATCH = 128, 32, 8  # tokens of an example, those that are not learned, and examples of a step
 EXAMPLES = 64
 JOBS, SMALL_EXAMPLES, SMALL_LENGTH, SMALL_BATCH, SMALL_STEPS = 8, 16, 64, 4, 8
+SHARED_MIB = 704  # by jobs, however many: what a piece of 1024 tokens keeps for its backward, and 128 MiB of states
 STEADY = {"batch_size": BATCH, "rank": RANK, "held_out": 0}
 STREAMS, TOKENS = 4, 128
+NEWS = "owner-0/news"  # the adapter that learns ten examples at a time
 SECONDS, WARM_SECONDS = 12.0, 4.0  # of a measurement, and of what runs before it
 ROUNDS = 3
 MIB = 1024**2
@@ -40,14 +52,17 @@ def run(setting: Setting) -> list[Figure]:
         peft = None
         if setting.peft:
             peft = stack.enter_context(peer_process("PEFT", "peft_train_peer.py", base_path(EMBEDDED)))
-        one, together = OneJob(running, peft), Together(running, peft)
-        beside, news = Beside(running), []
+        users = stack.enter_context(owners(running, JOBS))
+        one, together = OneJob(running, peft), Together(running, users, peft)
+        beside, news, more = Beside(running), [], []
         for turn in range(ROUNDS + 1):  # one to warm up
             for contender in (one, together, beside):
                 contender.measure(keep=turn > 0)
-            news.append(ten_examples(running, turn))
+            news.append(ten_examples(users[0], 2 * turn))
+            more.append(ten_examples(users[0], 2 * turn + 1, model=NEWS))
         fresh = Figure.of("ten new examples to the first answer", "s", news[1:], "goal: under 20")
-        return [*one.figures(), *together.figures(), *beside.figures(), fresh]
+        appended = Figure.of("ten more, on top of the last version", "s", more[1:], "goal: under 20")
+        return [*one.figures(), *together.figures(), *beside.figures(), fresh, appended]
 
 
 # -- contenders
@@ -93,9 +108,10 @@ class OneJob:
 
 @dataclass
 class Together:
-    """Small jobs of one owner, all at once, and with PEFT one after the other."""
+    """Small jobs of as many owners, all at once, and with PEFT one after the other."""
 
     running: Server
+    users: list[Server]
     peft: PeerProcess | None
     rates: list[float] = field(default_factory=list)
     peer_rates: list[float] = field(default_factory=list)
@@ -106,15 +122,16 @@ class Together:
         self.tokens = JOBS * SMALL_STEPS * SMALL_BATCH * SMALL_LENGTH
 
     def measure(self, *, keep: bool) -> None:
-        files = [upload(self.running, d.lines) for d in self.data]
+        files = [upload(user, d.lines) for user, d in zip(self.users, self.data, strict=True)]
         before = self.running.resident_mib()
         with highest(self.running.resident_mib) as resident:
             started = time.perf_counter()
             epochs = SMALL_STEPS * SMALL_BATCH // SMALL_EXAMPLES
             asked = {"batch_size": SMALL_BATCH, "n_epochs": epochs, "rank": RANK, "held_out": 0}
-            jobs = [create(self.running, file, f"small-{i}", **asked) for i, file in enumerate(files)]
-            for job in jobs:
-                wait_for(self.running, job)
+            made = [(user, create(user, file, "small", **asked)) for user, file in zip(self.users, files, strict=True)]
+            wait_until_together(self.running, made)
+            for user, job in made:
+                wait_for(user, job)
             seconds = time.perf_counter() - started
         peer_seconds = None
         if self.peft is not None:
@@ -132,9 +149,13 @@ class Together:
         figures = [Figure.of(f"{name}, at once", "tok/s", self.rates, note)]
         if self.peer_rates:
             figures.append(Figure.of(f"PEFT: {name}, one after the other", "tok/s", self.peer_rates))
-        # of each parameter: itself, its gradient and AdamW's two moments in fp32, and the copy in bf16 that is used
-        own = JOBS * chosen(()).numel(RANK) * (4 * 4 + 2) / MIB
-        return [*figures, Figure.of(f"memory of {JOBS} jobs at once", "MiB", self.grown, f"their own: {own:.0f}")]
+        # of each parameter: itself, its gradient and AdamW's two moments in fp32, and two copies in bf16: one that is
+        # used, and one that is being published
+        own = JOBS * chosen(()).numel(RANK) * (4 * 4 + 2 * 2) / MIB
+        return [
+            *figures,
+            Figure.of(f"memory of {JOBS} jobs at once", "MiB", self.grown, f"goal: under {own + SHARED_MIB:.0f}"),
+        ]
 
 
 @dataclass
@@ -209,13 +230,13 @@ class Streamed(NamedTuple):
     rate: float
 
 
-def ten_examples(running: Server, turn: int) -> float:
-    """Seconds from the upload until the model that learned them has answered."""
+def ten_examples(running: Server, turn: int, *, model: str | None = None) -> float:
+    """Seconds from the upload until the model that learned them, going on from `model`, has answered."""
     line = '{"messages": [{"role": "user", "content": "%s"}, {"role": "assistant", "content": "%s"}]}'
     lines = "\n".join(line % (f"What is item {turn * 10 + i} called?", f"It is called crate {i}.") for i in range(10))
     started = time.perf_counter()
-    model = wait_for(running, create(running, upload(running, lines.encode()), "fresh"))["fine_tuned_model"]
-    Load(running.url, running.key).one(model, 1, "What")
+    job = create(running, upload(running, lines.encode()), NEWS.partition("/")[2], model=model)
+    Load(running.url, running.key).one(wait_for(running, job)["fine_tuned_model"], 1, "What")
     return time.perf_counter() - started
 
 

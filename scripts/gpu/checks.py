@@ -207,7 +207,7 @@ def check_training(make: MakeZoo, name: str) -> Check:
         with serving(zoo.base, zoo.directory) as client:
             trainer = CoTrainer(zoo.base, client.engine.wake)
             client.engine.set_idle_work(trainer)
-            plan = make_plan(asked_for, 7, len(data), zoo.base.layout)
+            plan = make_plan(asked_for, 7, len(data), zoo.base.layout, width=zoo.base.width)
             trainer.add(Run(zoo.base, plan, data, None, news.append))
             for asked in count():
                 if news and isinstance(news[-1], Trained | HubError):

@@ -14,10 +14,12 @@ _REPEATS = 10
 
 
 class Limits(NamedTuple):
-    """Medians: bytes per second that a copy on the device reads and writes, and that reach it from the host."""
+    """Medians: bytes per second that a copy on the device reads and writes, and that reach it from the host; operations
+    per second of a product in bf16."""
 
     copy: float
     upload: float
+    product: float
     figures: list[Figure]
 
 
@@ -47,12 +49,13 @@ def measure_limits(device: torch.device, quick: bool) -> Limits:
     side = 256 if quick else 8192
     a, b = (torch.randn(side, side, device=device).bfloat16() for _ in range(2))
     product = [2 * side**3 / s for s in seconds(device, lambda: a @ b)]
-    host = torch.randn(size // 32, pin_memory=device.type == "cuda")
+    host = torch.zeros(size // 32, pin_memory=device.type == "cuda")
     here = torch.empty_like(host, device=device)
     upload = [host.nbytes / s for s in seconds(device, lambda: here.copy_(host, non_blocking=True))]
     return Limits(
         statistics.median(copy),
         statistics.median(upload),
+        statistics.median(product),
         [
             Figure.of("copy within the device, read and written", "GB/s", [r / 1e9 for r in copy]),
             Figure.of(f"bf16 product of {side} x {side} matrices", "TFLOP/s", [r / 1e12 for r in product]),

@@ -37,6 +37,19 @@ while (!["succeeded", "failed", "cancelled"].includes(job.status)) {
   job = await client.fineTuning.jobs.retrieve(job.id);
 }
 said.job = [job.status, job.metadata, job.seed];
+
+// one that is paused, goes on, and is cancelled
+const { jobs } = client.fineTuning;
+const long = await jobs.create({
+  model: base, training_file: file.id, method: { type: "supervised", supervised: { hyperparameters: { n_epochs: 100, batch_size: 1 } } },
+});
+const until = async (status) => {
+  while ((await jobs.retrieve(long.id)).status !== status) await new Promise((resolve) => setTimeout(resolve, 50));
+};
+await until("running");
+said.states = [(await jobs.pause(long.id)).status, (await jobs.resume(long.id)).status, (await jobs.cancel(long.id)).status];
+said.mine = [];
+for await (const each of jobs.list({ metadata: { from: "js" } })) said.mine.push(each.id === job.id);
 said.events = [];
 for await (const event of client.fineTuning.jobs.listEvents(job.id)) said.events.push(event.message);
 said.checkpoints = [];
@@ -60,6 +73,9 @@ said.tuned = (await client.chat.completions.create({ ...greedy, model: job.fine_
 said.plain = (await client.completions.create({ model: base, prompt: "Once", max_tokens: 4, temperature: 0 })).choices[0].text;
 const form = { type: "json_schema", json_schema: { name: "a", strict: true, schema: { type: "object", properties: { b: { enum: [1, 2] } }, required: ["b"], additionalProperties: false } } };
 said.structured = JSON.parse((await client.chat.completions.create({ ...greedy, max_tokens: 40, response_format: form })).choices[0].message.content);
+const tools = [{ type: "function", function: { name: "look_up", strict: true, parameters: { type: "object", properties: { what: { enum: ["tide"] } }, required: ["what"], additionalProperties: false } } }];
+const called = await client.chat.completions.create({ ...greedy, max_tokens: 60, tools, tool_choice: "required" });
+said.call = called.choices[0].message.tool_calls[0].function;
 const left = await client.chat.completions.create({ ...greedy, max_tokens: 300, stream: true, ignore_eos: true });
 for await (const _ of left) break; // hangs up
 

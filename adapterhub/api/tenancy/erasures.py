@@ -82,7 +82,7 @@ class Erasures:
     def begin(self, owner: str) -> str:
         """From now on the owner has no key, and their data are to go. The id of the erasure, which is that of one that
         has not come to its end. Raises NotFound when there is nobody of that name, and nothing of theirs."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             known = self._database.row("select 1 from owners where name = ?", (owner,))
             found = self._count(owner)
             keys = self._keys.erase(owner)
@@ -98,7 +98,7 @@ class Erasures:
 
     def count(self, identity: str, owner: str) -> None:
         """Notes how much there is, when nothing more can come; what was noted before a kill counts."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             [row] = self._database.rows("select counted from erasures where id = ?", (identity,))
             if row["counted"]:
                 return
@@ -118,7 +118,7 @@ class Erasures:
 
     def finish(self, identity: str) -> Erasure:
         """All is done but what the stores still hold."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             db.table("erasures").update(identity, {"owner": None, "finished_at": now()})
             db.execute("delete from erased_blocks where digest not in (select digest from objects)")
         return self.get(identity)
@@ -151,7 +151,7 @@ class Erasures:
         return dict(row)
 
     def _add(self, identity: str, more: dict[str, int]) -> None:
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             [row] = self._database.rows("select removed from erasures where id = ?", (identity,))
             removed = json.loads(row["removed"])
             for kind, count in more.items():

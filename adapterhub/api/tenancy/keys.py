@@ -20,25 +20,14 @@ from typing import NamedTuple
 import sqlite_utils
 from sqlite_utils import Migrations
 
+from adapterhub.api.tenancy.terms import EVERYDAY, PROJECT, Scope
 from adapterhub.errors import BadRequest, NotFound
 from adapterhub.swap.database import Database, Row, new_id, now
 from adapterhub.swap.names import check_name
 
 PREFIX = "sk-ah-"
-PROJECT = "default"  # of a key that is made without one
+_PAUSE_SECONDS = 60  # between two uses of a key
 migrations = Migrations("adapterhub.keys")
-
-
-class Scope(StrEnum):
-    """What a key may do."""
-
-    INFER = "infer"  # ask models
-    TRAIN = "train"  # upload, train, import, and change or delete what there is
-    READ = "read"  # see and download what there is
-    ADMIN = "admin"  # all under /admin
-
-
-EVERYDAY = frozenset({Scope.INFER, Scope.TRAIN, Scope.READ})
 
 
 @migrations()
@@ -174,7 +163,7 @@ class KeyStore:
 
     def revoke(self, identity: str) -> ApiKey:
         """From now on the key is good for nothing. Raises NotFound."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             if self.get(identity).revoked_at is None:
                 db.table("keys").update(identity, {"revoked_at": now()})
             return self.get(identity)
@@ -191,19 +180,23 @@ class KeyStore:
             db.table("keys").update(identity, {"expires_at": ends})
             return made
 
-    def ended(self, identities: Iterable[str]) -> set[str]:
-        """Those that were revoked, or are no more."""
-        asked = set(identities)
+    def ended(self, identities: Iterable[str]) -> dict[str, State]:
+        """Those that are good for nothing any more, and why; what is there no more was revoked."""
+        asked = sorted(set(identities))
         rows = self._database.rows(
-            "select id from keys where id in (select value from json_each(?)) and revoked_at is null",
-            (json.dumps(sorted(asked)),),
+            "select * from keys where id in (select value from json_each(?))", (json.dumps(asked),)
         )
-        return asked - {row["id"] for row in rows}
+        states = dict.fromkeys(asked, State.REVOKED) | {row["id"]: ApiKey.of(row).state for row in rows}
+        return {identity: state for identity, state in states.items() if state is not State.ACTIVE}
 
-    def note_use(self, identity: str) -> None:
-        """That a key was used now: a note in memory, until `save_uses` writes all of them down."""
+    def note_use(self, key: ApiKey) -> bool:
+        """That a key was used now: a note in memory, until `save_uses` writes all of them down. Whether there was a
+        pause before."""
+        at = now()
         with self._using:
-            self._used[identity] = now()
+            before = self._used.get(key.id, key.last_used_at)
+            self._used[key.id] = at
+        return before is None or at - before >= _PAUSE_SECONDS
 
     def save_uses(self) -> None:
         with self._using:
@@ -216,7 +209,7 @@ class KeyStore:
 
     def erase(self, owner: str) -> int:
         """Removes all keys of an owner, and the owner; returns how many keys that were."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             count = db.table("keys").count_where("owner = ?", [owner])
             db.execute("delete from keys where owner = ?", [owner])
             db.execute("delete from owners where name = ?", [owner])

@@ -13,11 +13,11 @@ from dataclasses import dataclass, fields, replace
 import sqlite_utils
 from sqlite_utils import Migrations
 
+from adapterhub.api.tenancy.terms import EVERYBODY
 from adapterhub.errors import BadRequest
 from adapterhub.swap.database import Database
 from adapterhub.swap.names import check_name
 
-EVERYBODY = "*"  # whoever has no quota of that kind of their own
 migrations = Migrations("adapterhub.quotas")
 
 
@@ -81,7 +81,7 @@ class Quotas:
         """What has been set for an owner counts no more; returns how many limits that were."""
         with self._changing:
             gone = len(self._set.get(owner, {}))
-            with self._database.transaction() as db:
+            with self._database.freeing() as db:
                 db.execute("delete from quotas where owner = ?", [owner])
             self._set.pop(owner, None)
         return gone

@@ -71,7 +71,7 @@ class Rates:
         if not limits.rates:
             return Admission(owner, 0)
         with self._lock:
-            now, account = self._clock(), self._account(owner)
+            account, now = self._account(owner), self._clock()  # in this order: a bucket's time must not go back
             asked = (
                 ("requests", 1, account.requests, limits.requests_per_minute),
                 ("tokens", tokens, account.tokens, limits.tokens_per_minute),
@@ -139,7 +139,7 @@ class Rates:
         with self._lock:
             self._accounts.pop(owner, None)
             self._changed.discard(owner)
-        with self._saving, self._database.transaction() as db:
+        with self._saving, self._database.freeing() as db:
             db.execute("delete from owed where owner = ?", [owner])
 
     def _account(self, owner: str) -> _Account:

@@ -1,4 +1,5 @@
-"""What is under way: answers, by the key that asked, which end when it is revoked; and changes, by their owner."""
+"""What is under way: answers, by the key that asked, which end when it is revoked or expires; and changes, by their
+owner."""
 
 from __future__ import annotations
 
@@ -9,11 +10,11 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
-from adapterhub.api.tenancy.keys import KeyStore
+from adapterhub.api.tenancy.keys import KeyStore, State
 from adapterhub.errors import HubError, Unauthorized
 
 log = logging.getLogger(__name__)
-_SECONDS = 0.5  # a revoked key's answers run on for so long at most
+_SECONDS = 0.5  # an ended key's answers run on for so long at most
 End = Callable[[HubError], None]
 
 
@@ -45,7 +46,7 @@ class Underway:
 
     @contextmanager
     def on_behalf(self, key: str, end: End) -> Iterator[None]:
-        """While this lasts, `end` is called with the reason once the key, by its id, has been revoked.
+        """While this lasts, `end` is called with the reason once the key, by its id, is good no more.
         Raises what it was erased with."""
         if key in self._erased:
             raise self._erased[key]
@@ -68,15 +69,16 @@ class Underway:
         return len(ends)
 
     async def watch(self) -> None:
-        """Looks, for as long as the server runs. Another process may revoke keys, so nobody else could tell."""
+        """Looks, for as long as the server runs: another process may revoke keys, and time ends them."""
         while True:
             await asyncio.sleep(_SECONDS)
             try:
                 self.look()
             except sqlite3.Error:
-                log.exception("whether keys were revoked cannot be told; trying again")
+                log.exception("whether keys have ended cannot be told; trying again")
 
     def look(self) -> None:
-        for key in self._keys.ended(self._ends) if self._ends else ():
+        for key, state in self._keys.ended(self._ends).items() if self._ends else ():
+            how = "was revoked" if state is State.REVOKED else "expired"
             for end in self._ends.pop(key):
-                end(Unauthorized("The API key of this request was revoked while it ran.", code="api_key_revoked"))
+                end(Unauthorized(f"The API key of this request {how} while it ran.", code=f"api_key_{state}"))

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, date, datetime, timedelta
-from enum import StrEnum
 from typing import NamedTuple
 
 import sqlite_utils
 from sqlite_utils import Migrations
 
+from adapterhub.api.tenancy.terms import Group
 from adapterhub.swap.database import Database, Row
 
 NONE = ""  # in place of a key or an adapter, where something belongs to none
@@ -57,16 +57,6 @@ class Line(NamedTuple):
     day: str
     key: str
     adapter: str
-
-
-class Group(StrEnum):
-    """What a report can tell apart."""
-
-    DAY = "day"
-    OWNER = "owner"
-    PROJECT = "project"
-    KEY = "key"
-    ADAPTER = "adapter"
 
 
 _COLUMNS = {
@@ -166,7 +156,7 @@ class Usage:
 
     def erase(self, owner: str) -> int:
         """Removes all that was counted of an owner; returns how many rows that were."""
-        with self._database.transaction() as db:
+        with self._database.freeing() as db:
             count = db.table("usage").count_where("owner = ?", [owner])
             db.execute("delete from usage where owner = ?", [owner])
             db.execute("delete from metered_jobs where owner = ?", [owner])

@@ -12,14 +12,16 @@ import ctypes
 import hashlib
 import logging
 import os
+import shlex
 import shutil
 import subprocess
-import tempfile
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
 
 from adapterhub.config import cache_dir
+from adapterhub.errors import StorageFull
+from adapterhub.swap.files import becoming
 
 log = logging.getLogger(__name__)
 SOURCE = Path(__file__).parent
@@ -41,8 +43,8 @@ class Isa(IntEnum):
 def library() -> ctypes.CDLL | None:
     """The built library, or None where it cannot be built; the reason is logged once."""
     try:
-        return _declare(ctypes.CDLL(str(_built())))
-    except (OSError, subprocess.SubprocessError) as error:
+        return _declare(_loaded())
+    except (OSError, StorageFull, subprocess.SubprocessError) as error:
         detail = getattr(error, "stderr", None) or error
         log.warning("Native kernels are off, which makes serving on a CPU several times slower: %s", detail)
         return None
@@ -56,23 +58,40 @@ def best_isa() -> Isa:
     return Isa(built.adapterhub_best_isa())
 
 
-def _built() -> Path:
-    compiler = os.environ.get("CXX") or next(filter(None, map(shutil.which, _COMPILERS)), None)
-    if compiler is None:
+def _loaded() -> ctypes.CDLL:
+    compiler = _compiler()
+    path = _place(compiler)
+    if path.exists():
+        try:
+            return ctypes.CDLL(str(path))
+        except OSError as error:
+            log.info("%s is damaged (%s), and is built again", path, error)
+    _build(compiler, path)
+    return ctypes.CDLL(str(path))
+
+
+def _compiler() -> list[str]:
+    """The command: CXX may have arguments, such as the compiler of a launcher."""
+    command = shlex.split(os.environ.get("CXX", "")) or list(filter(None, map(shutil.which, _COMPILERS)))[:1]
+    if not command:
         raise OSError(f"no C++ compiler found ({', '.join(_COMPILERS)}). Install one, such as the package g++.")
-    version = subprocess.run([compiler, "--version"], check=True, capture_output=True, timeout=_BUILD_SECONDS).stdout
+    return command
+
+
+def _place(compiler: list[str]) -> Path:
+    """Where the library that it builds is kept."""
+    version = subprocess.run([*compiler, "--version"], check=True, capture_output=True, timeout=_BUILD_SECONDS).stdout
     key = hashlib.sha256(repr((version, _FLAGS)).encode())
     for source in sorted(SOURCE.glob("*.h")) + sorted(SOURCE.glob("*.cpp")):
         key.update(source.read_bytes())
-    path = cache_dir() / "native" / f"adapterhub-{key.hexdigest()[:24]}.so"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent) as partial:
-            made = Path(partial) / path.name
-            command = [compiler, *_FLAGS, "-o", str(made), str(SOURCE / "decoder.cpp")]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)
-            made.rename(path)
-    return path
+    return cache_dir() / "native" / f"adapterhub-{key.hexdigest()[:24]}.so"
+
+
+def _build(compiler: list[str], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with becoming(path) as partial:
+        command = [*compiler, *_FLAGS, "-o", str(partial), *map(str, sorted(SOURCE.glob("*.cpp")))]
+        subprocess.run(command, check=True, capture_output=True, text=True, timeout=_BUILD_SECONDS)
 
 
 def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
@@ -86,6 +105,10 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
         ("expand", None, [pointer, integer, integer, pointer]),
         ("lora", None, [integer, pointer, pointer, integer, integer, pointer, integer, pointer, integer]),
         ("attention", None, [integer] * 5 + [number] + [pointer] * 6 + [integer, integer, pointer]),
+        ("learner", pointer, [integer]),
+        ("learner_free", None, [pointer]),
+        ("learner_memory", ctypes.c_int64, [pointer, pointer]),
+        ("learn", None, [pointer, pointer, pointer, integer, integer]),
     ):
         function = getattr(built, f"adapterhub_{name}")
         function.restype, function.argtypes = result, arguments

@@ -144,31 +144,6 @@ inline void attend_token(Isa isa, const Heads& h, const Queries& o, int t, const
 }
 
 #if defined(__x86_64__)
-// Rows and columns of 16 by 16 numbers of 32 bits change places.
-AVX512 inline void transpose16(__m512i* v) {
-  __m512i a[16];
-  for (int i = 0; i < 16; i += 2) {
-    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
-    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
-  }
-  for (int i = 0; i < 16; i += 4)
-    for (int j = 0; j < 2; ++j) {
-      v[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
-      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
-    }
-  // v[4 i + c]: in its 128-bit lane l, what rows 4 i .. 4 i + 3 have in column 4 l + c
-  for (int c = 0; c < 4; ++c) {
-    const __m512i low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), high = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
-    const __m512i low2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
-    const __m512i high2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
-    a[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
-    a[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
-    a[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
-    a[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
-  }
-  for (int i = 0; i < 16; ++i) v[i] = a[i];
-}
-
 constexpr int kKeys = 32;  // that one AMX product sums over
 
 // Where the key or value of the `at`-th position lies; past the last block that of the last one, whose weight is 0.
@@ -192,36 +167,19 @@ AVX512 inline void pack_keys(const Heads& h, const bf16* keys, const int32_t* ta
 // Thirty-two values from `at` as the right operand of a product with weights: [dim / 16][16 pairs of keys][16 dims].
 AVX512 inline void pack_values(const Heads& h, const bf16* values, const int32_t* table, int at, int end, int head,
                                bf16* out) {
-  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
-                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
-  const __m512i low = _mm512_load_si512(kLow), high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
   for (int i = 0; i < kKeys; i += 2) {
     const bf16* even = padded_row(h, values, table, at + i, end, head, h.value_dim);
     const bf16* odd = padded_row(h, values, table, at + i + 1, end, head, h.value_dim);
-    for (int d = 0; d < h.value_dim; d += 32) {
-      const __m512i a = _mm512_loadu_si512(even + d), b = _mm512_loadu_si512(odd + d);
-      _mm512_storeu_si512(out + d * kKeys + i * 16, _mm512_permutex2var_epi16(a, low, b));
-      _mm512_storeu_si512(out + (d + 16) * kKeys + i * 16, _mm512_permutex2var_epi16(a, high, b));
-    }
+    for (int d = 0; d < h.value_dim; d += 32)
+      interleave(_mm512_loadu_si512(even + d), _mm512_loadu_si512(odd + d), out + d * kKeys + i * 16,
+                 out + (d + 16) * kKeys + i * 16);
   }
 }
 
-// `fast_exp` of sixteen numbers that are not above 0.
-AVX512 inline __m512 fast_exp16(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
-  return _mm512_scalef_ps(p, n);
-}
-
 // Scores [from, to) of a row of `size` become weights, the softmax of `scale` times them, as bf16 in the same memory; 0
-// elsewhere. from < 32, and what a row has of weights does not depend on its size.
-AVX512 inline void weights_of(float* row, int from, int to, int size, float scale) {
+// elsewhere. from < 32, and what a row has of weights does not depend on its size. Returns the logarithm of the sum of the
+// exponentials.
+AVX512 inline float weights_of(float* row, int from, int to, int size, float scale) {
   const auto inside = [&](int at) {
     const uint32_t below = to - at >= 16 ? 0xffff : (1u << (to - at)) - 1;
     return static_cast<__mmask16>(from <= at ? below : from - at >= 16 ? 0 : below & (0xffffu << (from - at)));
@@ -236,13 +194,15 @@ AVX512 inline void weights_of(float* row, int from, int to, int size, float scal
     sum = _mm512_add_ps(sum, e);
     _mm512_storeu_ps(row + at, e);
   }
-  const __m512 inverse = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sum));
+  const float total = _mm512_reduce_add_ps(sum);
+  const __m512 inverse = _mm512_set1_ps(1.0f / total);
   bf16* out = reinterpret_cast<bf16*>(row);  // each number is read before its place is written
   int at = 0;
   for (; at < to; at += 16)
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at),
                         (__m256i)_mm512_cvtneps_pbh(_mm512_mul_ps(_mm512_loadu_ps(row + at), inverse)));
   for (; at < size; at += 16) _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + at), _mm256_setzero_si256());
+  return _mm512_cvtss_f32(most) * scale + std::log(total);
 }
 
 inline bool fits_amx(const Heads& h) { return h.dim % 32 == 0 && h.value_dim % 32 == 0; }

@@ -103,6 +103,53 @@ AVX512 inline __m512bh load32(const bf16* x) { return (__m512bh)_mm512_loadu_si5
 AVX512 inline __m512bh load32(const bf16* x, int count) {  // the first `count`, then zeros
   return (__m512bh)_mm512_maskz_loadu_epi16(static_cast<__mmask32>((1ull << count) - 1), x);
 }
+
+// Rows and columns of 16 by 16 numbers of 32 bits change places.
+AVX512 inline void transpose16(__m512i* v) {
+  __m512i a[16];
+  for (int i = 0; i < 16; i += 2) {
+    a[i] = _mm512_unpacklo_epi32(v[i], v[i + 1]);
+    a[i + 1] = _mm512_unpackhi_epi32(v[i], v[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      v[i + 2 * j] = _mm512_unpacklo_epi64(a[i + j], a[i + 2 + j]);
+      v[i + 2 * j + 1] = _mm512_unpackhi_epi64(a[i + j], a[i + 2 + j]);
+    }
+  // v[4 i + c]: in its 128-bit lane l, what rows 4 i .. 4 i + 3 have in column 4 l + c
+  for (int c = 0; c < 4; ++c) {
+    const __m512i low = _mm512_shuffle_i32x4(v[c], v[4 + c], 0x88), high = _mm512_shuffle_i32x4(v[c], v[4 + c], 0xdd);
+    const __m512i low2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0x88);
+    const __m512i high2 = _mm512_shuffle_i32x4(v[8 + c], v[12 + c], 0xdd);
+    a[c] = _mm512_shuffle_i32x4(low, low2, 0x88);
+    a[8 + c] = _mm512_shuffle_i32x4(low, low2, 0xdd);
+    a[4 + c] = _mm512_shuffle_i32x4(high, high2, 0x88);
+    a[12 + c] = _mm512_shuffle_i32x4(high, high2, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) v[i] = a[i];
+}
+
+// The pairs (a[i], b[i]) of two rows of 32 numbers: the first 16 pairs to `low`, the others to `high`.
+AVX512 inline void interleave(__m512i a, __m512i b, bf16* low, bf16* high) {
+  alignas(64) static const uint16_t kLow[32] = {0, 32, 1, 33, 2,  34, 3,  35, 4,  36, 5,  37, 6,  38, 7,  39,
+                                                8, 40, 9, 41, 10, 42, 11, 43, 12, 44, 13, 45, 14, 46, 15, 47};
+  const __m512i index = _mm512_load_si512(kLow);
+  _mm512_storeu_si512(low, _mm512_permutex2var_epi16(a, index, b));
+  _mm512_storeu_si512(high, _mm512_permutex2var_epi16(a, _mm512_add_epi16(index, _mm512_set1_epi16(16)), b));
+}
+
+// `fast_exp` of sixteen numbers that are not above 0.
+AVX512 inline __m512 fast_exp16(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fmadd_ps(n, _mm512_set1_ps(2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1.0f)));
+  return _mm512_scalef_ps(p, n);
+}
 #else
 inline Isa best_isa() { return kPortable; }
 #endif

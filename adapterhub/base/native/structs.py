@@ -1,4 +1,4 @@
-"""The C structures of `decoder.cpp`, field by field, and what fills them from tensors."""
+"""The C structures of `decoder.cpp` and `learner.cpp`, field by field, and what fills them from tensors."""
 
 from __future__ import annotations
 
@@ -98,6 +98,48 @@ class Step(ctypes.Structure):
         ("rows", ctypes.c_void_p),
         ("num_rows", ctypes.c_int),
         ("logits", ctypes.c_void_p),
+    )
+
+
+class Trained(ctypes.Structure):
+    _fields_ = (
+        ("start", ctypes.c_int),
+        ("end", ctypes.c_int),
+        ("rank", ctypes.c_int),
+        ("factors", ctypes.c_void_p),
+        ("gradients", ctypes.c_void_p),
+        ("a_at", ctypes.c_void_p),
+        ("b_at", ctypes.c_void_p),
+        ("a_gradient_at", ctypes.c_void_p),
+        ("b_gradient_at", ctypes.c_void_p),
+    )
+
+
+class Sequence(ctypes.Structure):
+    _fields_ = (
+        ("start", ctypes.c_int),
+        ("length", ctypes.c_int),
+    )
+
+
+class Piece(ctypes.Structure):
+    _fields_ = (
+        ("rows", ctypes.c_int),
+        ("kept_layers", ctypes.c_int),
+        ("embedded", ctypes.c_void_p),
+        ("cos", ctypes.c_void_p),
+        ("sin", ctypes.c_void_p),
+        ("sequences", ctypes.POINTER(Sequence)),
+        ("num_sequences", ctypes.c_int),
+        ("jobs", ctypes.POINTER(Trained)),
+        ("num_jobs", ctypes.c_int),
+        ("learned", ctypes.c_void_p),
+        ("next", ctypes.c_void_p),
+        ("num_learned", ctypes.c_int),
+        ("logprobs", ctypes.c_void_p),
+        ("right", ctypes.c_void_p),
+        ("slopes", ctypes.c_void_p),
+        ("memory", ctypes.c_void_p),
     )
 
 
