@@ -20,6 +20,7 @@ import httpx
 import openai
 import pytest
 import torch
+from openai.types import CompletionUsage
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 from adapterhub.api.app import create_app
@@ -51,6 +52,12 @@ def eventually(look: Callable[[], Found], *, seconds: float = SECONDS) -> Found:
         assert time.monotonic() < deadline, f"nothing after {seconds} s"
         time.sleep(0.02)
     return found
+
+
+def counted(usage: CompletionUsage | None) -> tuple[int, int, int]:
+    """The tokens of prompt, answer and both; what is asked again has as many, but may find more of them cached."""
+    assert usage is not None
+    return usage.prompt_tokens, usage.completion_tokens, usage.total_tokens
 
 
 # -- the base and adapters for it

@@ -94,6 +94,15 @@ def has_checkpoints(user: User, job: str, count: int) -> bool:
     return len(checkpoints(user, job)) >= count
 
 
+def restarts(user: User, job: str) -> list[str]:
+    return [m for m in messages(user, job) if m.startswith("The server restarted: the job goes on after step ")]
+
+
+def has_gone_on(user: User, job: str, count: int) -> bool:
+    """Whether it was taken up again that often: a kill before that would leave no word of the restart."""
+    return len(restarts(user, job)) >= count
+
+
 def published(user: User, name: str) -> list[str]:
     """The models that jobs have made of that name."""
     names = [m.id for m in user.openai.models.list() if f":{name}:" in m.id]
@@ -132,14 +141,14 @@ def test_a_job_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
     user.job(undisturbed, "succeeded")
     job = user.train(chat_lines(100), suffix="mine", **lengths)
     for count in (1, 2):
-        eventually(partial(has_checkpoints, user, job, count))
+        eventually(partial(has_checkpoints, user, job, len(checkpoints(user, job)) + 1))
         user = again(killed, user)
         assert user.ask(f"{user.owner}/before") == said
+        eventually(partial(has_gone_on, user, job, count))
     done = user.job(job, "succeeded")
     told = messages(user, job)
-    restarts = [m for m in told if m.startswith("The server restarted: the job goes on after step ")]
-    assert len(restarts) == 2
-    assert all(int(m.split()[-1]) % 100 == 0 for m in restarts), "a state is saved with each checkpoint"
+    assert len(restarts(user, job)) == 2
+    assert all(int(m.split()[-1]) % 100 == 0 for m in restarts(user, job)), "a state is saved with each checkpoint"
     assert told.count("Files validated, moving job to queued state") == 1
     assert checkpoints(user, job) == checkpoints(user, undisturbed) == [700, 600, 500, 400, 300, 200, 100]
     assert losses(user, job) == pytest.approx(losses(user, undisturbed), abs=1e-3, rel=1e-3)
