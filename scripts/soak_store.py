@@ -43,7 +43,8 @@ LONGEST_START = 1.5  # seconds until that
 OUTAGE = 0.2  # of the lives: the store is gone for a part of them
 TRAINED, KEPT = "trained", 4  # what jobs publish, and how many versions of it an owner keeps
 DOCTOR = 25  # after so many kills the command itself looks, too
-BUDGETS = ("--device-bytes", "64KiB", "--ram-bytes", "64KiB", "--kv-bytes", "4MiB")
+# a quarter of the device, which pins leave, holds the largest adapter
+BUDGETS = ("--device-bytes", "96KiB", "--ram-bytes", "64KiB", "--kv-bytes", "4MiB")
 DISK = ("--disk-bytes", "192KiB")  # of the cache: for about half of the variants
 REFUSALS = {"store_unavailable", "disk_full", "storage_full"}  # what a store that is gone, or a full cache, may cause
 
@@ -369,7 +370,10 @@ class Worker:
         if not self._may_train:
             return
         self._may_train = False
-        method = {"type": "supervised", "supervised": {"hyperparameters": {"max_steps": 2, "keep_checkpoints": 0}}}
+        method = {
+            "type": "supervised",
+            "supervised": {"hyperparameters": {"rank": 4, "max_steps": 2, "keep_checkpoints": 0}},
+        }
         body = {"model": BASE, "training_file": self.account.file, "suffix": TRAINED, "method": method}
         answer = self.user.http.post("/v1/fine_tuning/jobs", json=body)
         if self._accepted(answer, "jobs"):

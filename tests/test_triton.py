@@ -49,6 +49,7 @@ from tests.tiny import CPU, GROUPED, greedy, kv_bytes, make_ref, peft_model, pro
 ONE_LAYER = LlamaConfig(**{**GROUPED, "num_hidden_layers": 1})
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 CLOSE: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4}
+ROUNDING: dict[str, Any] = {"atol": 1e-5, "rtol": 1e-5}  # some processors sum in an order that the rows' number decides
 
 
 # in float16, whose products the interpreter makes as a GPU makes those of bfloat16, too (`tables.in_fp32`)
@@ -232,9 +233,10 @@ def test_padded_decode_steps_are_the_unpadded_forward_for_any_mix_of_adapters() 
             assert steps.take(forward)
             found = steps.logits(forward).clone()
             plain = on_kernels(base, other, pool.tensor, forward)
-            assert torch.equal(found, base.logits(plain, plain.tables.wanted))
+            torch.testing.assert_close(found, base.logits(plain, plain.tables.wanted), **ROUNDING)
             for layer in base.kv_shapes:  # padding wrote nothing
-                assert all(torch.equal(a, b) for a, b in zip(kv.layer(layer), other.layer(layer), strict=True))
+                for written, right in zip(kv.layer(layer), other.layer(layer), strict=True):
+                    torch.testing.assert_close(written, right, **ROUNDING)
     assert not steps.take(forward_of([1, 2], [1, 2], [None, None]))
     assert not steps.take(forward_of([1] * (ROWS[-1] + 1), [1] * (ROWS[-1] + 1), [None] * (ROWS[-1] + 1)))
 
