@@ -9,8 +9,11 @@ import pytest
 from benchmarks import decode, report, trace
 from benchmarks.load import Answer, Asked
 from benchmarks.peers import Setting
-from benchmarks.process import PeerProcess
+from benchmarks.process import PeerProcess, peer_process
+from benchmarks.server import write_peft_directories
 from figure import Figure
+
+from adapterhub.base.embedded import EMBEDDED, base_path
 
 ALONE = Setting(vllm=None, peft=False, plots=None)
 
@@ -26,6 +29,12 @@ def test_decode_measures_the_base_and_adapters_beside_the_memorys_limit(monkeypa
     ]  # fmt: skip
     assert all(figure.median > 0 for figure in figures.values())
     assert "of the memory's limit" in figures["1 stream, base, int4"].note
+
+
+def test_a_peer_that_is_a_library_loads_an_adapter_and_answers(tmp_path: Path) -> None:
+    with peer_process("PEFT", "peft_peer", base_path(EMBEDDED)) as peer:
+        assert peer.load(write_peft_directories(tmp_path, 1)[0]) > 0
+        assert peer.ask([0, 0], 2, [1, 2, 3]).first_ms > 0
 
 
 def test_a_peer_that_does_one_thing_at_a_time_lets_those_wait_who_come_meanwhile(

@@ -103,9 +103,9 @@ class Setting:
                 stack.callback(server.close)
                 peers.append(server)
             if self.peft:
-                peers.append(stack.enter_context(peer_process("PEFT", "peft_peer.py", base_path(EMBEDDED))))
+                peers.append(stack.enter_context(peer_process("PEFT", "peft_peer", base_path(EMBEDDED))))
             if importlib.util.find_spec("llama_cpp"):
-                peers.append(stack.enter_context(peer_process("llama.cpp", "llama_peer.py", str(find_gguf()))))
+                peers.append(stack.enter_context(peer_process("llama.cpp", "llama_peer", str(find_gguf()))))
             if peers:
                 directory = Path(stack.enter_context(tempfile.TemporaryDirectory()))
                 paths = write_peft_directories(directory, adapters)

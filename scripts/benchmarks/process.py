@@ -87,9 +87,14 @@ class PeerProcess:
 
 
 @contextmanager
-def peer_process(name: str, script: str, model: str) -> Iterator[PeerProcess]:
-    """Runs a script of this directory on a model; it ends when the block does."""
-    command = [sys.executable, str(Path(__file__).with_name(script)), model]
+def peer_process(name: str, module: str, model: str) -> Iterator[PeerProcess]:
+    """Runs a module of this package on a model; it ends when the block does."""
+    command = [
+        sys.executable,
+        "-m",
+        f"benchmarks.{module}",
+        model,
+    ]  # others here are named like modules of Python's own
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     pipe = subprocess.PIPE
     with tempfile.TemporaryFile("w+") as log:

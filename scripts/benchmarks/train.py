@@ -51,7 +51,7 @@ def run(setting: Setting) -> list[Figure]:
         running = stack.enter_context(server())
         peft = None
         if setting.peft:
-            peft = stack.enter_context(peer_process("PEFT", "peft_train_peer.py", base_path(EMBEDDED)))
+            peft = stack.enter_context(peer_process("PEFT", "peft_train_peer", base_path(EMBEDDED)))
         users = stack.enter_context(owners(running, JOBS))
         one, together = OneJob(running, peft), Together(running, users, peft)
         beside, news, more = Beside(running), [], []
