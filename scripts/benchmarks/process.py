@@ -89,21 +89,18 @@ class PeerProcess:
 @contextmanager
 def peer_process(name: str, module: str, model: str) -> Iterator[PeerProcess]:
     """Runs a module of this package on a model; it ends when the block does."""
-    command = [
-        sys.executable,
-        "-m",
-        f"benchmarks.{module}",
-        model,
-    ]  # others here are named like modules of Python's own
+    # not by its path: another module beside it has the name of one of Python's own
+    command = [sys.executable, "-m", f"benchmarks.{module}", model]
     env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
     pipe = subprocess.PIPE
-    with tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env)
+    with (
+        tempfile.TemporaryFile("w+") as log,
+        subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=log, text=True, env=env) as process,
+    ):
         try:
             yield PeerProcess(name, process, log)
         finally:
             process.kill()
-            process.wait()
 
 
 class Library:
