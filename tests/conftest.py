@@ -13,6 +13,7 @@ import torch
 from hypothesis import settings
 
 from adapterhub.base.model import Base
+from tests.homes import client, home  # noqa: F401  (fixtures)
 from tests.serving import adapter, base_directory, base_model, other_adapter, server, user  # noqa: F401  (fixtures)
 from tests.tiny import tiny_base
 

@@ -20,7 +20,7 @@ from adapterhub.swap.block import block_path
 from adapterhub.swap.copies import Copies
 from adapterhub.swap.hold import Hold
 from adapterhub.swap.ref import AdapterRef, Tier
-from tests.test_tiers import SIZE, Store
+from tests.test_tiers import SIZE, Store, steer
 
 TAKES = 7000.0  # milliseconds that a copy says it took, more than any test
 
@@ -360,19 +360,13 @@ def test_no_place_is_reused_or_read_too_early_in_any_sequence_of_events(
                     store.stream.end(store.stream.under_way[0])
             elif event == "wait":
                 store.settle()
-            elif event == "evict":
-                tiers.evict(ref.digest)
-            elif event == "drop":
-                tiers.evict(ref.digest, (Tier.DEVICE, Tier.RAM)[number % 2])
-            elif event == "prefetch":
-                tiers.prefetch(ref, {hold.resident.digest for hold in held})
-            elif event in ("pin", "unpin"):
-                tiers.pin(ref.digest, event == "pin")
             elif event == "budgets":
                 with suppress(BadRequest):
                     tiers.set_budgets((3 + number % 6) * SIZE, number % 5 * SIZE)
             elif event == "give":
                 tiers.give_back(number % 4 * SIZE)
+            else:
+                steer(tiers, event, number, ref, held)
             tiers.check_integrity(pins=len(held))
             for hold in held:
                 assert hold.error is None

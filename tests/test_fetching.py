@@ -25,7 +25,7 @@ from adapterhub.swap.store import Store as ObjectStore
 from tests.serving import PeftFiles, running, small_config
 from tests.test_block import make_block
 from tests.test_disk import FaultyFS, Home, failing
-from tests.test_tiers import SIZE, Store, spoil
+from tests.test_tiers import SIZE, Store, spoil, steer
 from tests.tiny import encoded, greedy, peft_model, prompt_of, saved, serving, tiny_model
 
 MODEL = tiny_model("llama")
@@ -387,15 +387,13 @@ def test_whatever_happens_in_whatever_order_a_block_is_right_or_its_readers_are_
             elif event == "spoil" and (path := block_path(far.directory, ref.digest)).exists():
                 with contextlib.suppress(FileNotFoundError):  # evicted at this moment
                     os.truncate(path, 100)
-            elif event == "prefetch":
-                tiers.prefetch(ref, {hold.resident.digest for hold in held})
-            elif event in ("pin", "unpin"):
-                tiers.pin(ref.digest, event == "pin")
             elif event == "budgets":
                 with contextlib.suppress(BadRequest):
                     tiers.set_budgets((3 + number % 6) * SIZE, number % 4 * SIZE)
             elif event == "fault":
                 far.home.fs.fault = failing(TimeoutError("nobody"), "get", times=number % 4)
+            else:
+                steer(tiers, event, number, ref, held)
             for hold in [hold for hold in held if hold.error is not None]:
                 held.remove(hold)
                 assert isinstance(hold.error, Unavailable)

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 
 import pytest
+import soak_streams
 
 from tests.serving import PeftFiles, Server
 from tests.test_soak import soak
-
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 
 
 def test_of_500_streams_a_third_is_cut_off_and_the_others_are_whole_and_right() -> None:
@@ -36,12 +34,9 @@ def test_of_500_streams_a_third_is_cut_off_and_the_others_are_whole_and_right() 
     ids=["nothing", "half", "another answer"],
 )
 def test_a_stream_that_is_not_whole_does_not_go_unnoticed(
-    server: Server, adapter: PeftFiles, monkeypatch: pytest.MonkeyPatch, said: str, events: list[str]
+    server: Server, adapter: PeftFiles, said: str, events: list[str]
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    from soak_streams import Streams
-
-    streams = Streams(server, [adapter], seed=0)
+    streams = soak_streams.Streams(server, [adapter], seed=0)
     streams._check(streams._questions[0], events)
     assert said in streams.faults[0]
 
@@ -49,9 +44,6 @@ def test_a_stream_that_is_not_whole_does_not_go_unnoticed(
 def test_what_is_left_behind_does_not_go_unnoticed(
     server: Server, adapter: PeftFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.syspath_prepend(SCRIPTS)
-    import soak_streams
-
     monkeypatch.setattr(soak_streams, "SECONDS", 0.1)
     streams = soak_streams.Streams(server, [adapter], seed=0)
     monkeypatch.setattr(streams, "_all_at_once", nobody)

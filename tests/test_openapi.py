@@ -6,21 +6,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from soak_openapi import Doors
 
 from adapterhub.api.answers import ANSWERS
 from adapterhub.api.app import create_app
 from adapterhub.config import Config
 from tests.serving import PeftFiles, Server
 
-SCRIPTS = Path(__file__).parents[1] / "scripts"
 EXAMPLES = 4  # of each operation
 
 
 @pytest.fixture
-def doors(server: Server, adapter: PeftFiles, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def doors(server: Server, adapter: PeftFiles, tmp_path: Path) -> Any:
     """Makes them of the document, as a function changes it."""
-    monkeypatch.syspath_prepend(SCRIPTS)
-    from soak_openapi import Doors
 
     def made(change: Any = lambda document: None) -> Doors:
         document = create_app(Config(data_dir=tmp_path), server.hub.base).openapi()

@@ -3,60 +3,22 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedModel
 
 from adapterhub.base.batch import KV_BLOCK
-from adapterhub.base.model import Base, prepare_base
-from adapterhub.swap.ref import AdapterRef
+from adapterhub.base.model import prepare_base
+from tests.homes import Home
 from tests.tiny import (
     CPU,
     Client,
-    encoded,
     greedy,
     kv_bytes,
-    peft_model,
     prompt_of,
-    saved,
     serving,
-    serving_twin,
-    stored,
     tiny_model,
 )
-
-
-@dataclass
-class Home:
-    """A base with two adapters."""
-
-    model: PreTrainedModel
-    base: Base
-    oracles: list[Any]
-    refs: list[AdapterRef]
-    directory: Path
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    directory = tmp_path_factory.mktemp("home")
-    model = tiny_model("llama")
-    home = Home(model, serving_twin(model), [], [], directory)
-    for seed in range(2):
-        wrapped = peft_model(model, seed=seed, size=0.2)
-        home.oracles.append(wrapped)
-        home.refs.append(stored(encoded(saved(wrapped, directory / f"peft-{seed}"), home.base), directory / "blobs"))
-    return home
-
-
-@pytest.fixture
-def client(home: Home) -> Iterator[Client]:
-    with serving(home.base, home.directory) as client:
-        yield client
 
 
 def engine(client: Client) -> dict[str, int]:

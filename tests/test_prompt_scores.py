@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +11,6 @@ import torch
 from transformers import PreTrainedModel
 
 from adapterhub.base.kv import KVCache
-from adapterhub.base.model import Base
 from adapterhub.base.request import Finish, Request, Sampling, Token
 from adapterhub.base.runner import Runner
 from adapterhub.base.scheduler import SCORED_ROWS, Scheduler, Sequence
@@ -21,6 +18,7 @@ from adapterhub.errors import ContextLengthExceeded
 from adapterhub.swap.block import Block
 from adapterhub.swap.pool import Pool
 from adapterhub.swap.ref import AdapterRef
+from tests.homes import Home
 from tests.test_scheduler import Floor
 from tests.tiny import (
     CPU,
@@ -29,7 +27,6 @@ from tests.tiny import (
     full_logits,
     greedy,
     kv_bytes,
-    peft_model,
     prompt_of,
     saved,
     serving,
@@ -42,32 +39,9 @@ CONTEXT = 256  # of the tiny base
 LONG = 200  # tokens of a prompt of which a step cannot score all
 
 
-@dataclass
-class Home:
-    """A base and two adapters: each as its own library runs it, and what names it here."""
-
-    base: Base
-    models: list[Any]
-    refs: list[AdapterRef | None]
-    directory: Path
-
-
-@pytest.fixture(scope="module")
-def home(tmp_path_factory: pytest.TempPathFactory) -> Home:
-    directory = tmp_path_factory.mktemp("home")
-    model = tiny_model("llama")
-    home = Home(serving_twin(model), [model], [None], directory)
-    for seed in range(2):
-        wrapped = peft_model(model, seed=seed, size=0.2)
-        home.models.append(wrapped)
-        home.refs.append(stored(encoded(saved(wrapped, directory / f"peft-{seed}"), home.base), directory / "blobs"))
-    return home
-
-
-@pytest.fixture
-def client(home: Home) -> Iterator[Client]:
-    with serving(home.base, home.directory) as client:
-        yield client
+def everyone(home: Home) -> list[tuple[Any, AdapterRef | None]]:
+    """The base and both adapters: as each one's own library runs it, and what names it here."""
+    return [(home.model, None), *zip(home.oracles, home.refs, strict=True)]
 
 
 def shared(client: Client) -> int:
@@ -94,14 +68,15 @@ def check(prompt: list[int], scored: tuple[Token, ...], model: PreTrainedModel, 
 def test_many_users_prompts_are_scored_as_each_ones_own_library_does(home: Home, client: Client) -> None:
     prompts = [prompt_of(length, seed) for seed, length in enumerate((1, 2, 17, 64, 65, 66, LONG, LONG, 90))]
     best = [0, 3, 1, 20, 2, 0, 5, 1, 4]
-    for i, (prompt, count) in enumerate(zip(prompts, best, strict=True)):
-        client.submit(str(i), prompt, home.refs[i % 3], owner=f"user-{i}", prompt_logprobs=count, max_tokens=4)
-        client.submit(f"plain-{i}", prompt, home.refs[i % 3], owner=f"plain-{i}", max_tokens=4)
-    for i, (prompt, count) in enumerate(zip(prompts, best, strict=True)):
-        check(prompt, told(client, str(i)), home.models[i % 3], count)
-        assert client.tokens(str(i)) == greedy(home.models[i % 3], prompt, 4)
+    asked = list(zip(prompts, best, everyone(home) * 3, strict=True))
+    for i, (prompt, count, (_, ref)) in enumerate(asked):
+        client.submit(str(i), prompt, ref, owner=f"user-{i}", prompt_logprobs=count, max_tokens=4)
+        client.submit(f"plain-{i}", prompt, ref, owner=f"plain-{i}", max_tokens=4)
+    for i, (prompt, count, (model, _)) in enumerate(asked):
+        check(prompt, told(client, str(i)), model, count)
+        assert client.tokens(str(i)) == greedy(model, prompt, 4)
         assert told(client, f"plain-{i}") == ()
-        assert client.tokens(f"plain-{i}") == greedy(home.models[i % 3], prompt, 4)
+        assert client.tokens(f"plain-{i}") == greedy(model, prompt, 4)
 
 
 def test_a_beginning_in_the_cache_is_not_used_where_it_must_be_scored_and_is_there_for_others(
@@ -110,7 +85,7 @@ def test_a_beginning_in_the_cache_is_not_used_where_it_must_be_scored_and_is_the
     prompt = prompt_of(LONG)
     for turn in range(2):
         before = shared(client)
-        check(prompt, told(client, client.submit(str(turn), prompt, prompt_logprobs=1)), home.models[0], 1)
+        check(prompt, told(client, client.submit(str(turn), prompt, prompt_logprobs=1)), home.model, 1)
         assert shared(client) == before
     client.ask(prompt)
     assert shared(client) == before + LONG // 16 * 16
@@ -124,7 +99,7 @@ def test_a_prompt_is_scored_without_an_answer_though_it_fills_the_whole_context(
             assert output.token is None
             assert output.finish is Finish.LENGTH
             assert output.origin is not None
-            check(prompt, output.prompt, home.models[0], 2)
+            check(prompt, output.prompt, home.model, 2)
         with pytest.raises(ContextLengthExceeded):
             client.submit("longer", prompt_of(CONTEXT + 1), max_tokens=0)
         assert [output.finish for output in client.wait_for(client.submit("alone", [5], max_tokens=0))] == ["length"]
@@ -164,20 +139,20 @@ def test_a_prompt_that_gave_way_is_scored_on_from_where_it_was(home: Home, kept:
     while scheduler.running:
         step()
     for done in (first, second, other):
-        check(done.request.prompt, tuple(done.scored), home.models[0], 2)
-        assert done.tokens[100:] == greedy(home.models[0], done.request.prompt, done.produced)
+        check(done.request.prompt, tuple(done.scored), home.model, 2)
+        assert done.tokens[100:] == greedy(home.model, done.request.prompt, done.produced)
     assert rows == 3 * 99, "none was scored twice"
 
 
 def test_a_prompt_whose_numbers_are_not_finite_fails_alone(home: Home, tmp_path: Path) -> None:
     shutil.copytree(home.directory / "blobs", tmp_path / "blobs")
-    good = encoded(saved(home.models[1], tmp_path / "peft"), home.base)
+    good = encoded(saved(home.oracles[0], tmp_path / "peft"), home.base)
     huge = stored(Block(good.meta, torch.full_like(good.payload, 1e30)), tmp_path / "blobs")
     with serving(home.base, tmp_path) as client:
         bad = client.submit("bad", prompt_of(LONG), huge, prompt_logprobs=1, max_tokens=0)
-        fine = client.submit("fine", prompt_of(LONG), home.refs[1], prompt_logprobs=1, max_tokens=0)
+        fine = client.submit("fine", prompt_of(LONG), home.refs[0], prompt_logprobs=1, max_tokens=0)
         assert client.error(bad).code == "not_finite"
-        check(prompt_of(LONG), told(client, fine), home.models[1], 1)
+        check(prompt_of(LONG), told(client, fine), home.oracles[0], 1)
 
 
 def test_sixteen_bits_score_a_prompt_the_same_alone_and_among_others(tmp_path: Path) -> None:

@@ -40,7 +40,6 @@ def test_the_engine_answers_right_and_leaks_nothing_under_churn() -> None:
 def test_a_wrong_answer_does_not_go_unnoticed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     import soak
 
     alone = soak.Town.answers_alone
@@ -74,9 +73,8 @@ MEDDLING: dict[str, Callable[[Path], object]] = {
 
 @pytest.mark.parametrize("said", MEDDLING)
 def test_what_is_lost_or_changed_between_two_lives_does_not_go_unnoticed(
-    base_directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: str
+    base_directory: Path, tmp_path: Path, said: str
 ) -> None:
-    monkeypatch.syspath_prepend(ROOT / "scripts")
     import soak_store
 
     class Meddled(soak_store.Home):

@@ -676,6 +676,18 @@ def test_what_is_read_ahead_in_vain_leaves_nothing(store: Store) -> None:
 # -- all at once
 
 
+def steer(tiers: Tiers, event: str, number: int, ref: AdapterRef, held: list[Hold]) -> None:
+    """What hints and operators ask of a block, by the name of an event; nothing by any other name."""
+    if event == "evict":
+        tiers.evict(ref.digest)
+    elif event == "drop":
+        tiers.evict(ref.digest, (Tier.DEVICE, Tier.RAM)[number % 2])
+    elif event == "prefetch":
+        tiers.prefetch(ref, {hold.resident.digest for hold in held})
+    elif event in ("pin", "unpin"):
+        tiers.pin(ref.digest, event == "pin")
+
+
 _EVENTS = ["acquire", "acquire", "acquire", "release", "release", "release", "poll", "wait", "wait", "evict", "drop"]
 _steps = st.lists(
     st.tuples(
@@ -715,14 +727,6 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
                 tiers.poll()
             elif event == "wait":
                 store.settle()
-            elif event == "evict":
-                tiers.evict(ref.digest)
-            elif event == "drop":
-                tiers.evict(ref.digest, (Tier.DEVICE, Tier.RAM)[number % 2])
-            elif event == "prefetch":
-                tiers.prefetch(ref, {hold.resident.digest for hold in held})
-            elif event in ("pin", "unpin"):
-                tiers.pin(ref.digest, event == "pin")
             elif event == "rules":
                 tiers.set_rules(_RULES[number % len(_RULES)])
             elif event == "expire":
@@ -730,6 +734,8 @@ def test_nothing_is_lost_or_hurt_by_any_sequence_of_events(
             elif event == "budgets":
                 with contextlib.suppress(BadRequest):
                     tiers.set_budgets((3 + number % 6) * SIZE, number % 4 * SIZE)
+            else:
+                steer(tiers, event, number, ref, held)
             for hold in [hold for hold in failed if hold.error is not None]:
                 failed.remove(hold)
                 assert isinstance(hold.error, BlockDamaged)

@@ -153,12 +153,16 @@ def eager(base: Base, kv: KVCache, pool: Pool, forward: Forward) -> torch.Tensor
 # -- figures
 
 
+def measured_shapes(quick: bool) -> dict[str, tuple[Group, ...]]:
+    """The linears of a layer of each base whose figures are taken; none where there is no triton."""
+    if find_spec("triton") is None:
+        return {}
+    return {"tiny": TINY} if quick else {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-0.5B": QWEN_HALF_B}
+
+
 def kernel_figures(device: torch.device, limits: Limits, quick: bool, clock: Clock) -> Iterator[Section]:
     """Each section's title, and what measures it; none where there is no triton."""
-    if find_spec("triton") is None:
-        return
-    shapes = {"tiny": TINY} if quick else {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-0.5B": QWEN_HALF_B}
-    for shape, groups in shapes.items():
+    for shape, groups in measured_shapes(quick).items():
         title = f"LoRA op of one layer, {shape}'s shape, rank {RANK}, bf16"
         works = [
             *(partial(lora_figure, device, limits, group, n) for group in groups for n in ((1, 2) if quick else ROWS)),

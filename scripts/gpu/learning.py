@@ -20,7 +20,7 @@ from adapterhub.train.dataset import Example
 from adapterhub.train.packing import Forward, Item
 from adapterhub.train.parameters import Parameters
 from gpu.clock import Clock
-from gpu.kernels import LLAMA_8B, QWEN_HALF_B, RANK, TINY, Group, Section, check_cases, kernel_seconds
+from gpu.kernels import RANK, Group, Section, check_cases, kernel_seconds, measured_shapes
 from gpu.limits import Limits
 from gpu.report import Check
 from tests.kernels import (
@@ -141,10 +141,7 @@ def _name(dtype: torch.dtype) -> str:
 
 def learning_figures(device: torch.device, limits: Limits, quick: bool, clock: Clock) -> Iterator[Section]:
     """Each section's title, and what measures it; none where there is no triton."""
-    if find_spec("triton") is None:
-        return
-    shapes = {"tiny": TINY} if quick else {"Llama-3.1-8B": LLAMA_8B, "Qwen2.5-0.5B": QWEN_HALF_B}
-    for shape, groups in shapes.items():
+    for shape, groups in measured_shapes(quick).items():
         title = f"LoRA op of one layer in training, {shape}'s shape, rank {RANK}, bf16"
         yield title, partial(_shape_figures, device, limits, groups, 32 if quick else ROWS, clock, title)
 
