@@ -105,7 +105,7 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
         ("expand", None, [pointer, integer, integer, pointer]),
         ("lora", None, [integer, pointer, pointer, integer, integer, pointer, integer, pointer, integer]),
         ("attention", None, [integer] * 5 + [number] + [pointer] * 6 + [integer, integer, pointer]),
-        ("learner", pointer, [integer]),
+        ("learner", pointer, [integer, integer]),
         ("learner_free", None, [pointer]),
         ("learner_memory", ctypes.c_int64, [pointer, pointer]),
         ("learn", None, [pointer, pointer, pointer, integer, integer]),

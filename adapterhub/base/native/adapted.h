@@ -33,8 +33,9 @@ struct Task {
 struct Learner {
   Team team;
   int threads;
+  Isa isa;  // AVX512 or better
   std::vector<std::vector<float>> scratch;
-  explicit Learner(int threads) : team(threads), threads(threads), scratch(threads) {}
+  Learner(int threads, Isa isa) : team(threads), threads(threads), isa(isa), scratch(threads) {}
 };
 
 // What the members share. What decides how many pieces a part has is copied: see `Job`.
@@ -171,7 +172,7 @@ class Linears {
                       bf16* kept) {
     const Trained& job = s_.jobs[j];
     alignas(64) float out[32 * 32];
-    Sums sums;
+    Sums sums(s_.learner.isa);
     bf16* to = mem_.low + static_cast<size_t>(tile) * kTile * mem_.lows + i * mem_.rank;
     const int rank = rounded(job.rank, kTile);
     for (int r = 0; r < mem_.rank; r += 32) {
@@ -180,7 +181,7 @@ class Linears {
         const bf16* panel = factor + static_cast<size_t>(r) * depth;
         sums.clear();
         sums.add(rows, nullptr, row_pitch, panel, second ? panel + static_cast<size_t>(kTile) * depth : panel, depth);
-        sums.store(out, false);
+        sums.store(out, 32, false);
       }
       for (int half = 0; half < 2; ++half) {
         const bool there = half ? second : first;
@@ -265,13 +266,13 @@ class Linears {
   AMX void add_gradient(const Trained& job, const bf16* low, size_t low_pitch, const bf16* panels, int depth,
                         float* gradient, int width) {
     alignas(64) float out[32 * 32];
-    Sums sums;
+    Sums sums(s_.learner.isa);
     for (int r = 0; r < job.rank; r += 32) {
       const bool both = job.rank > r + kTile;
       sums.clear();
       sums.add(low + r * low_pitch, both ? low + (r + kTile) * low_pitch : nullptr, low_pitch, panels,
                panels + kTile * depth, depth);
-      sums.store(out, both);
+      sums.store(out, 32, both);
       for (int i = 0; i < std::min(32, job.rank - r); ++i)
         add(out + i * 32, gradient + static_cast<size_t>(r + i) * width);
     }
@@ -296,7 +297,7 @@ class Linears {
     alignas(64) float out[32 * 32];
     const bool both = t + kTile < last;
     const bf16* b = mem_.packed + static_cast<size_t>(column) * depth;
-    Sums sums;
+    Sums sums(s_.learner.isa);
     sums.clear();
     sums.add(a + t * a_pitch, both ? a + (t + kTile) * a_pitch : nullptr, a_pitch, b,
              b + static_cast<size_t>(kTile) * depth, depth);
@@ -315,7 +316,7 @@ class Linears {
         }
       }
     }
-    sums.store(out, both);
+    sums.store(out, 32, both);
     for (int r = 0; r < std::min(last - t, 32); ++r) to(t + r, column, out + r * 32);
   }
 

@@ -2,7 +2,8 @@
 //
 // A piece is the rows of many jobs' sequences, end to end. A stage of it (one layer's attention, say) is one call, so
 // that whoever calls may serve a request in between. What the backward needs of the forward lies in memory that the
-// caller gives. The residual stream and its gradient are fp32; what is multiplied is bf16, sums are fp32. Needs AMX.
+// caller gives. The residual stream and its gradient are fp32; what is multiplied is bf16, sums are fp32. Needs AVX-512 BF16; AMX multiplies
+// faster.
 //
 // The base learns nothing: its weights are only multiplied with, packed again for each product. An adapter's rows add
 // one short step to the products of the base (`Low`), and each job's gradients are added up in its own fp32 memory. A
@@ -26,7 +27,7 @@ class Way : Linears {
         qkv_width_(q_width_ + 2 * kv_width_) {}
 
   void go() {
-    amx_begin();
+    if (s_.learner.isa == kAmx) amx_begin();
     const int at = s_.task.at;
     switch (s_.task.stage) {
       case kBegin:
@@ -58,7 +59,7 @@ class Way : Linears {
         back_attention(m_.layers[at], kept(at), at > 0);
         break;
     }
-    amx_end();
+    if (s_.learner.isa == kAmx) amx_end();
   }
 
  private:
@@ -276,7 +277,8 @@ class Way : Linears {
   Attended attended(const Layer& layer, const Kept& k, const Sequence& s, int head) const {
     const bf16* row = k.qkv + s.start * mem_.qkv;
     const int group = m_.heads / m_.kv_heads;
-    return {row + first_column(head),
+    return {s_.learner.isa,
+            row + first_column(head),
             row + q_width_ + head * m_.head_dim,
             row + q_width_ + kv_width_ + head * m_.head_dim,
             mem_.qkv,
@@ -298,7 +300,7 @@ void Shared::work(int rank) { Way(*this, rank).go(); }
 
 extern "C" {
 
-Learner* adapterhub_learner(int threads) { return new Learner(threads); }
+Learner* adapterhub_learner(int threads, int isa) { return new Learner(threads, static_cast<Isa>(isa)); }
 
 void adapterhub_learner_free(Learner* learner) { delete learner; }
 

@@ -1,4 +1,5 @@
-"""The native training forward, and its backward, for bases of the Llama family on processors with AMX.
+"""The native training forward, and its backward, for bases of the Llama family on processors with AVX-512
+BF16; those with AMX multiply faster.
 
 Autograd sees one operation: from the adapters of a batch to the log probabilities of the tokens that should come. Its
 backward adds to the adapters' `gradients`.
@@ -43,7 +44,7 @@ class _Stage(IntEnum):
 
 def can_learn(base: Base) -> bool:
     """Whether `Learner` trains adapters of this base."""
-    if not supports(base) or best_isa() is not Isa.AMX:
+    if not supports(base) or best_isa() < Isa.AVX512:
         return False
     config, attention = base.model.config, base.model.model.layers[0].self_attn
     quantized = getattr(attention.q_proj, "quantized", None) is not None
@@ -65,7 +66,7 @@ class Learner:
         self._memory: torch.Tensor | None = None
         self._latest: _Prepared | None = None
         self._places = PlacesOf(base.layout)
-        self._handle = built.adapterhub_learner(torch.get_num_threads())
+        self._handle = built.adapterhub_learner(torch.get_num_threads(), best_isa())
         weakref.finalize(self, built.adapterhub_learner_free, self._handle)
 
     def logprobs(self, batch: Batch, rows: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

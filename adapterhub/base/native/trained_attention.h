@@ -1,4 +1,4 @@
-// Attention of one whole sequence, without a cache, and its backward: with AMX, for the query heads of one key head.
+// Attention of one whole sequence, without a cache, and its backward, for the query heads of one key head.
 #pragma once
 
 #include "attention.h"
@@ -8,6 +8,7 @@
 
 // Pointers to the first row of the sequence and the columns of these heads. Rows beyond the end are read, never used.
 struct Attended {
+  Isa isa;
   const bf16 *q, *k, *v;  // rows `stride` apart; a token's heads of the group side by side
   size_t stride;
   int length, group, dim, window;  // window: how far back a token looks, itself included; 0: to the beginning
@@ -31,7 +32,7 @@ AMX inline void attend_whole(const Attended& a, bf16* out, size_t out_stride, st
     pack_columns(a.v + d, a.stride, a.length, padded, values + static_cast<size_t>(d) * padded,
                  values + static_cast<size_t>(d + kTile) * padded);
   alignas(64) float sums_out[32 * 32];
-  Sums sums;
+  Sums sums(a.isa);
   for (int g = 0; g < a.group; ++g)
     for (int t0 = 0; t0 < a.length; t0 += kTile) {
       const int tokens = std::min(kTile, a.length - t0);
@@ -41,8 +42,7 @@ AMX inline void attend_whole(const Attended& a, bf16* out, size_t out_stride, st
       for (int at = begin; at < end; at += kDepth) {
         sums.clear();
         sums.add(q, nullptr, a.stride, keys + at * a.dim, keys + (at + kTile) * a.dim, a.dim);
-        _tile_stored(0, scores + at - begin, row_pitch * sizeof(float));
-        _tile_stored(1, scores + at - begin + kTile, row_pitch * sizeof(float));
+        sums.store(scores + at - begin, row_pitch, false);
       }
       for (int r = 0; r < kTile; ++r) {
         float* row = scores + r * row_pitch;
@@ -58,7 +58,7 @@ AMX inline void attend_whole(const Attended& a, bf16* out, size_t out_stride, st
         sums.clear();
         sums.add(reinterpret_cast<bf16*>(scores), nullptr, 2 * row_pitch, right,
                  right + static_cast<size_t>(kTile) * padded, size);
-        sums.store(sums_out, false);
+        sums.store(sums_out, 32, false);
         for (int r = 0; r < tokens; ++r) {
           bf16* to = out + (t0 + r) * out_stride + g * a.dim + d;
           narrow16(_mm512_load_ps(sums_out + r * 32), to);
@@ -69,19 +69,11 @@ AMX inline void attend_whole(const Attended& a, bf16* out, size_t out_stride, st
 }
 
 // c [32, dim] += a [32, 32] b; a's rows lie side by side, b's panels are `panel` numbers apart.
-AMX inline void accumulate(float* c, const bf16* a, const bf16* b, size_t panel, int dim) {
-  const int bytes = dim * sizeof(float);
+AMX inline void accumulate(Sums& sums, float* c, const bf16* a, const bf16* b, size_t panel, int dim) {
   for (int d = 0; d < dim; d += 32, c += 32, b += 2 * panel) {
-    _tile_loadd(0, c, bytes);
-    _tile_loadd(1, c + kTile, bytes);
-    _tile_loadd(2, c + kTile * dim, bytes);
-    _tile_loadd(3, c + kTile * dim + kTile, bytes);
-    Sums sums;
+    sums.load(c, dim);
     sums.add(a, a + kTile * kDepth, kDepth, b, b + panel, kDepth);
-    _tile_stored(0, c, bytes);
-    _tile_stored(1, c + kTile, bytes);
-    _tile_stored(2, c + kTile * dim, bytes);
-    _tile_stored(3, c + kTile * dim + kTile, bytes);
+    sums.store(c, dim, true);
   }
 }
 
@@ -164,7 +156,7 @@ AMX inline void attend_backward(const Attended& a, const bf16* out, const bf16* 
   alignas(64) float scores[32 * 32], gains[32 * 32];
   alignas(64) bf16 weights[32 * 32], slopes[32 * 32], across[32 * 32];
   const size_t panel = static_cast<size_t>(kTile) * padded;
-  Sums sums;
+  Sums sums(a.isa);
   for (int key = 0; key < a.length; key += kDepth) {
     std::fill(dk, dk + 2 * kDepth * dim, 0.0f);
     const int last = a.window > 0 ? std::min(a.length, key + kDepth - 1 + a.window) : a.length;
@@ -174,15 +166,15 @@ AMX inline void attend_backward(const Attended& a, const bf16* out, const bf16* 
         sums.clear();
         sums.add(a.k + key * a.stride, a.k + (key + kTile) * a.stride, a.stride, queries + query * dim,
                  queries + (query + kTile) * dim, dim);
-        sums.store(scores, true);
+        sums.store(scores, 32, true);
         sums.clear();
         sums.add(a.v + key * a.stride, a.v + (key + kTile) * a.stride, a.stride, gradients + query * dim,
                  gradients + (query + kTile) * dim, dim);
-        sums.store(gains, true);
+        sums.store(gains, 32, true);
         slopes_of(a, a.lse + g * a.lse_pitch, means + g * padded, key, query, scores, gains, weights, slopes, across);
-        accumulate(dv, weights, gradients + 2 * size + query * kTile, panel, dim);
-        accumulate(dk, slopes, gradients + size + query * kTile, panel, dim);
-        accumulate(dq + g * size + static_cast<size_t>(query) * dim, across, keys + key * kTile, panel, dim);
+        accumulate(sums, dv, weights, gradients + 2 * size + query * kTile, panel, dim);
+        accumulate(sums, dk, slopes, gradients + size + query * kTile, panel, dim);
+        accumulate(sums, dq + g * size + static_cast<size_t>(query) * dim, across, keys + key * kTile, panel, dim);
       }
     }
     const int rows = std::min(kDepth, a.length - key);
