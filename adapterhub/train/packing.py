@@ -1,6 +1,6 @@
 """Items of several jobs, laid end to end for one forward of the base, and its backward.
 
-Three backends learn: native code on a CPU with AMX, Triton's kernels on a GPU, and torch elsewhere.
+Three backends learn: native code on a CPU with AVX-512 BF16, Triton's kernels on a GPU, and torch elsewhere.
 """
 
 from __future__ import annotations
