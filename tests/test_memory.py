@@ -1,14 +1,16 @@
-"""What memory there is, by the machine and by the container; and a pool that is replaced only where there is enough."""
+"""What memory and cores machine and control groups leave; and a pool that is replaced only where there is enough."""
 
 from __future__ import annotations
 
 import ctypes
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
 from adapterhub.errors import BadRequest
+from adapterhub.swap.cgroup import usable_cores
 from adapterhub.swap.memory import available_bytes, give_back_freed
 from tests.test_tiers import SIZE, opened
 
@@ -31,6 +33,46 @@ def test_what_is_available_is_the_least_that_machine_and_container_leave(
     tmp_path: Path, limit: str, current: int, available: int
 ) -> None:
     assert available_bytes(*lay_out(tmp_path, limit, current)) == available
+
+
+def in_groups(directory: Path, file: str, **said: str) -> tuple[Path, Path]:
+    """A process in the group `unit` of the group `slice`, whose `file`s say that, as does that of the `root`."""
+    (directory / "self").mkdir()
+    (directory / "self/cgroup").write_text("1:name=systemd:/elsewhere\n0::/slice/unit\n")
+    (directory / "slice/unit").mkdir(parents=True)
+    for group, text in said.items():
+        path = {"root": directory, "slice": directory / "slice", "unit": directory / "slice/unit"}[group]
+        (path / file).write_text(f"{text}\n")
+    return directory, directory
+
+
+def test_a_group_leaves_no_more_than_those_around_it(tmp_path: Path) -> None:
+    lay_out(tmp_path, "max", 10)
+    places = in_groups(tmp_path, "memory.max", slice="100000", unit="200000")
+    for group in ("slice", "slice/unit"):
+        (tmp_path / group / "memory.current").write_text("60000\n")
+        (tmp_path / group / "memory.stat").write_text("inactive_file 0\n")
+    assert available_bytes(*places) == 40000
+
+
+@pytest.mark.parametrize(
+    ("said", "cores"),
+    [
+        ({}, 8),
+        ({"root": "max 100000"}, 8),
+        ({"root": "600000 100000"}, 6),
+        ({"root": "900000 100000"}, 8),
+        ({"unit": "250000 100000"}, 2),
+        ({"unit": "50000 100000"}, 1),
+        ({"slice": "300000 100000", "unit": "max 100000"}, 3),
+        ({"slice": "300000 100000", "unit": "400000 100000"}, 3),
+    ],
+)
+def test_a_process_uses_the_whole_cores_that_its_groups_have_time_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: dict[str, str], cores: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)))
+    assert usable_cores(*in_groups(tmp_path, "cpu.max", **said)) == cores
 
 
 def test_where_no_system_says_so_nothing_is_known(tmp_path: Path) -> None:

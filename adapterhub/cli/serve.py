@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
@@ -103,13 +102,18 @@ def serve(
 
 
 def _run(config: Config) -> None:
+    import torch
+
     from adapterhub.api.app import create_app
     from adapterhub.api.server import Server, listen
     from adapterhub.base.model import load_bases
+    from adapterhub.swap.cgroup import usable_cores
 
     listener = listen(config.host, config.port)  # before the base is loaded, so that a busy port shows at once
     console = Console(highlight=False)
     console.print(f"Loading {config.base} ...")
+    cores = min(torch.get_num_threads(), usable_cores())  # of itself torch knows nothing of a container's share
+    torch.set_num_threads(cores)
     app = create_app(config, *load_bases(config))
 
     def announce() -> None:
@@ -117,24 +121,24 @@ def _run(config: Config) -> None:
         # a few milliseconds instead of 200, for which all tokens would wait
         gc.collect()
         gc.freeze()
-        _announce(console, app, config, listener.getsockname()[1])
+        _announce(console, app, config, listener.getsockname()[1], cores)
 
     server = Server(app, listener, drain_seconds=config.drain_seconds, on_started=announce)
     with suppress(KeyboardInterrupt):  # uvicorn raises it again once it has shut down
         server.serve_forever()
 
 
-def _announce(console: Console, app: Any, config: Config, port: int) -> None:
+def _announce(console: Console, app: Any, config: Config, port: int, cores: int) -> None:
     hub = app.state.hub
     budgets = hub.engine.budgets
     names = hub.engine.names
-    cores = f" ({os.cpu_count()} cores)" if hub.base.device.type == "cpu" else ""
+    used = f" ({cores} cores)" if hub.base.device.type == "cpu" else ""
     host = f"[{config.host}]" if ":" in config.host else config.host
     table = Table.grid(padding=(0, 2))
     for name, value in (
         ("AdapterHub", f"http://{host}:{port}/v1"),
         ("base", f"{hub.base.name} ({format_bytes(hub.base.nbytes)}, fingerprint {hub.base.fingerprint[:12]})"),
-        ("device" if len(names) == 1 else "devices", ", ".join(names) + cores),
+        ("device" if len(names) == 1 else "devices", ", ".join(names) + used),
         (
             "budgets",
             f"device {format_bytes(budgets.device)}, RAM {format_bytes(budgets.ram)}, disk "

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from adapterhub.swap.cgroup import PROC, ROOT, groups
+
 _MADV_HUGEPAGE = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux
 HUGE_PAGE = 2 * 1024**2
 
@@ -42,14 +44,15 @@ def give_back_freed() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What this process may still take, by the machine and by its container. None where no system says so."""
+def available_bytes(proc: Path = PROC, cgroup: Path = ROOT) -> int | None:
+    """What this process may still take, by the machine and by its control groups. None where no system says so."""
     found: list[int] = []
     with suppress(OSError):
         lines = dict(line.split(":", 1) for line in (proc / "meminfo").read_text().splitlines())
         found.append(int(lines["MemAvailable"].split()[0]) * 1024)
-    with suppress(OSError, ValueError):  # "max" is no number: no limit
-        stat = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
-        limit, used = (int((cgroup / name).read_text()) for name in ("memory.max", "memory.current"))
-        found.append(limit - used + int(stat["inactive_file"]))  # cached files give way
+    for group in groups(proc, cgroup):
+        with suppress(OSError, ValueError):  # "max" is no number: no limit
+            stat = dict(line.split() for line in (group / "memory.stat").read_text().splitlines())
+            limit, used = (int((group / name).read_text()) for name in ("memory.max", "memory.current"))
+            found.append(limit - used + int(stat["inactive_file"]))  # cached files give way
     return max(0, min(found)) if found else None
