@@ -18,6 +18,9 @@ import subprocess
 from enum import IntEnum
 from functools import cache
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from adapterhub.config import cache_dir
 from adapterhub.errors import StorageFull
@@ -37,6 +40,16 @@ class Isa(IntEnum):
     PORTABLE = 0
     AVX512 = 1
     AMX = 2
+
+
+class _Status(ctypes.c_int):
+    """What a function returns that takes memory to work in: 0, or 1 where it had none."""
+
+
+def _check(status: _Status, function: Any, arguments: Any) -> None:
+    """Raises torch.OutOfMemoryError."""
+    if status.value:
+        raise torch.OutOfMemoryError("There is no memory left for the native code to work in")
 
 
 @cache
@@ -100,16 +113,18 @@ def _declare(built: ctypes.CDLL) -> ctypes.CDLL:
         ("best_isa", integer, []),
         ("decoder", pointer, [integer, integer]),
         ("decoder_free", None, [pointer]),
-        ("step", None, [pointer, pointer, pointer]),
-        ("linear", None, [integer, pointer, pointer, integer, pointer]),
+        ("step", _Status, [pointer, pointer, pointer]),
+        ("linear", _Status, [integer, pointer, pointer, integer, pointer]),
         ("expand", None, [pointer, integer, integer, pointer]),
         ("lora", None, [integer, pointer, pointer, integer, integer, pointer, integer, pointer, integer]),
-        ("attention", None, [integer] * 5 + [number] + [pointer] * 6 + [integer, integer, pointer]),
+        ("attention", _Status, [integer] * 5 + [number] + [pointer] * 6 + [integer, integer, pointer]),
         ("learner", pointer, [integer, integer]),
         ("learner_free", None, [pointer]),
         ("learner_memory", ctypes.c_int64, [pointer, pointer]),
-        ("learn", None, [pointer, pointer, pointer, integer, integer]),
+        ("learn", _Status, [pointer, pointer, pointer, integer, integer]),
     ):
         function = getattr(built, f"adapterhub_{name}")
         function.restype, function.argtypes = result, arguments
+        if result is _Status:
+            function.errcheck = _check
     return built

@@ -25,6 +25,15 @@ struct Low {       // a short step of a product: some rows of low rank, and the 
   const bf16* factors;  // packed, of the first job
 };
 
+struct Lows {  // of one product; not a vector, as memory is taken in pieces only
+  Low low[3];
+  int count = 0;
+
+  void add(const Low& l) { low[count++] = l; }
+  const Low* begin() const { return low; }
+  const Low* end() const { return low + count; }
+};
+
 struct Task {
   Stage stage;
   int at;  // which layer, or first column of the logits
@@ -86,10 +95,10 @@ class Linears {
     pack_base(site.w, 0, site.w.rows);
     pack_factors(site, layer, true);
     lower(site, layer, site.x, site.x_pitch, true, &k);
-    std::vector<Low> lows;
+    Lows lows;
     for (int j = 0; j < site.count; ++j)
-      lows.push_back({site.begin(j), site.begin(j) + site.widths[j], mem_.low + j * mem_.rank,
-                      layer.targets[site.first + j], mem_.raising + j * mem_.pack_stride});
+      lows.add({site.begin(j), site.begin(j) + site.widths[j], mem_.low + j * mem_.rank,
+                layer.targets[site.first + j], mem_.raising + j * mem_.pack_stride});
     multiply(site.x, site.x_pitch, site.w.cols, p_.rows, site.w.rows, lows, to);
   }
 
@@ -102,10 +111,10 @@ class Linears {
     learn(site, k, layer, slope, slope_pitch);
     if (!further) return;
     pack_base_across(site.w, 0, site.w.rows);
-    std::vector<Low> lows;
+    Lows lows;
     for (int j = 0; j < site.count; ++j)
-      lows.push_back({0, site.w.cols, mem_.low + j * mem_.rank, layer.targets[site.first + j],
-                      mem_.raising + j * mem_.pack_stride});
+      lows.add({0, site.w.cols, mem_.low + j * mem_.rank, layer.targets[site.first + j],
+                mem_.raising + j * mem_.pack_stride});
     multiply(slope, slope_pitch, site.w.rows, p_.rows, site.w.cols, lows, to);
   }
 
@@ -280,7 +289,7 @@ class Linears {
 
   // `to(row, column, y)` for all of a [rows, depth] @ packed [depth, columns], with the short steps of `lows`.
   template <class To>
-  void multiply(const bf16* a, size_t a_pitch, int depth, int rows, int columns, const std::vector<Low>& lows,
+  void multiply(const bf16* a, size_t a_pitch, int depth, int rows, int columns, const Lows& lows,
                 const To& to) {
     const int blocks = (rows + kRowBlock - 1) / kRowBlock, panels = columns / 32;
     const int splits = std::clamp((4 * s_.learner.threads + blocks - 1) / std::max(1, blocks), 1, panels);
@@ -293,7 +302,7 @@ class Linears {
 
   template <class To>
   AMX void multiply_tiles(const bf16* a, size_t a_pitch, int depth, int t, int last, int column,
-                          const std::vector<Low>& lows, const To& to) {
+                          const Lows& lows, const To& to) {
     alignas(64) float out[32 * 32];
     const bool both = t + kTile < last;
     const bf16* b = mem_.packed + static_cast<size_t>(column) * depth;

@@ -337,34 +337,39 @@ Decoder* adapterhub_decoder(int threads, int isa) { return new Decoder(threads, 
 
 void adapterhub_decoder_free(Decoder* decoder) { delete decoder; }
 
-void adapterhub_step(Decoder* decoder, const Model* model, const Batch* batch) {
-  decoder->buffers.fit(decoder->isa, *model, batch->tokens);
-  decoder->team.run(std::make_shared<Step>(*decoder, *model, *batch));
+int adapterhub_step(Decoder* decoder, const Model* model, const Batch* batch) {
+  return status_of([&] {
+    decoder->buffers.fit(decoder->isa, *model, batch->tokens);
+    return decoder->team.run(std::make_shared<Step>(*decoder, *model, *batch));
+  });
 }
 
 // The single operations, on the caller's thread, as tests and models of other families use them.
 
-void adapterhub_linear(int isa, const Matrix* w, const bf16* x, int tokens, float* y) {
-  std::vector<bf16> packed(static_cast<size_t>(tokens + 15) / 16 * 16 * w->cols);
+int adapterhub_linear(int isa, const Matrix* w, const bf16* x, int tokens, float* y) {
+  return status_of([&] {
+    std::vector<bf16> packed(static_cast<size_t>(tokens + 15) / 16 * 16 * w->cols);
 #if defined(__x86_64__)
-  if (in_integers(static_cast<Isa>(isa), *w)) {
-    Coded coded;
-    coded.fit(static_cast<Isa>(isa), tokens, w->cols);
-    for (int i = 0; i < (tokens + kTileTokens - 1) / kTileTokens; ++i)
-      code(static_cast<Isa>(isa), *w, x, tokens, i, coded);
-    linear_integers(static_cast<Isa>(isa), *w, coded, tokens, y, 0, w->rows, 0);
-    if (isa == kAmx) amx_end();
-    return;
-  }
-  if (isa == kAmx && fits_amx(*w)) {
-    amx_begin();
-    for (int g = 0; g < (tokens + 15) / 16; ++g) pack_for_amx(x, tokens, w->cols, g, 0, w->cols, packed.data());
-  }
+    if (in_integers(static_cast<Isa>(isa), *w)) {
+      Coded coded;
+      coded.fit(static_cast<Isa>(isa), tokens, w->cols);
+      for (int i = 0; i < (tokens + kTileTokens - 1) / kTileTokens; ++i)
+        code(static_cast<Isa>(isa), *w, x, tokens, i, coded);
+      linear_integers(static_cast<Isa>(isa), *w, coded, tokens, y, 0, w->rows, 0);
+      if (isa == kAmx) amx_end();
+      return true;
+    }
+    if (isa == kAmx && fits_amx(*w)) {
+      amx_begin();
+      for (int g = 0; g < (tokens + 15) / 16; ++g) pack_for_amx(x, tokens, w->cols, g, 0, w->cols, packed.data());
+    }
 #endif
-  linear_rows(static_cast<Isa>(isa), *w, x, packed.data(), tokens, y, 0, w->rows, 0);
+    linear_rows(static_cast<Isa>(isa), *w, x, packed.data(), tokens, y, 0, w->rows, 0);
 #if defined(__x86_64__)
-  if (isa == kAmx && fits_amx(*w)) amx_end();
+    if (isa == kAmx && fits_amx(*w)) amx_end();
 #endif
+    return true;
+  });
 }
 
 void adapterhub_lora(int isa, const bf16* pool, const Segment* segments, int num_segments, int target, const bf16* x,
@@ -382,23 +387,26 @@ void adapterhub_lora(int isa, const bf16* pool, const Segment* segments, int num
 void adapterhub_expand(const Matrix* w, int first, int last, bf16* out) { expand(*w, first, last, out); }
 
 // q [tokens, kv_heads * group, dim]; out [tokens, kv_heads * group, value_dim].
-void adapterhub_attention(int isa, int kv_heads, int group, int dim, int value_dim, float scale, const bf16* q,
-                          const bf16* keys, const bf16* values, const int32_t* tables, const int32_t* table_at,
-                          const int32_t* contexts, int tokens, int window, float* out) {
-  const Heads heads{kv_heads, group, dim, value_dim, scale};
-  std::vector<float> scratch;
+int adapterhub_attention(int isa, int kv_heads, int group, int dim, int value_dim, float scale, const bf16* q,
+                         const bf16* keys, const bf16* values, const int32_t* tables, const int32_t* table_at,
+                         const int32_t* contexts, int tokens, int window, float* out) {
+  return status_of([&] {
+    const Heads heads{kv_heads, group, dim, value_dim, scale};
+    std::vector<float> scratch;
 #if defined(__x86_64__)
-  if (isa == kAmx) amx_begin();
+    if (isa == kAmx) amx_begin();
 #endif
-  for (int t = 0; t < tokens; ++t)
-    for (int h = 0; h < kv_heads; ++h) {
-      const size_t row = static_cast<size_t>(t) * kv_heads + h;
-      const Queries one{q + row * group * dim, out + row * group * value_dim, 1, contexts[t], window, 0, 0,
-                        tables + table_at[t]};
-      attend(static_cast<Isa>(isa), heads, one, keys, values, h, scratch);
-    }
+    for (int t = 0; t < tokens; ++t)
+      for (int h = 0; h < kv_heads; ++h) {
+        const size_t row = static_cast<size_t>(t) * kv_heads + h;
+        const Queries one{q + row * group * dim, out + row * group * value_dim, 1, contexts[t], window, 0, 0,
+                          tables + table_at[t]};
+        attend(static_cast<Isa>(isa), heads, one, keys, values, h, scratch);
+      }
 #if defined(__x86_64__)
-  if (isa == kAmx) amx_end();
+    if (isa == kAmx) amx_end();
 #endif
+    return true;
+  });
 }
 }

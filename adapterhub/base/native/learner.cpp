@@ -309,8 +309,10 @@ int64_t adapterhub_learner_memory(const Model* model, const Piece* piece) {
   return static_cast<int64_t>(Memory(*model, *piece).bytes);
 }
 
-void adapterhub_learn(Learner* learner, const Model* model, const Piece* piece, int stage, int at) {
-  learner->team.run(std::make_shared<Shared>(*learner, *model, *piece, Task{static_cast<Stage>(stage), at}));
+int adapterhub_learn(Learner* learner, const Model* model, const Piece* piece, int stage, int at) {
+  return status_of([&] {
+    return learner->team.run(std::make_shared<Shared>(*learner, *model, *piece, Task{static_cast<Stage>(stage), at}));
+  });
 }
 }
 

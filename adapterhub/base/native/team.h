@@ -13,6 +13,7 @@
 #include <cstdint>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <thread>
 #include <vector>
 
@@ -28,12 +29,16 @@ class Job {
   virtual ~Job() = default;
   virtual void work(int rank) = 0;
 
-  // Does pieces of part `index`, and returns when all `count` are done. Every member calls it for the same parts.
+  // Whether there was no memory for some piece; what would have come after it was left out then.
+  bool failed() const { return failed_.load(std::memory_order_relaxed); }
+
+  // Does pieces of part `index`, and returns when all `count` are done. Every member calls it for the same parts, and
+  // takes memory in pieces only.
   template <class Piece>
   void each(int index, int count, const Piece& piece) {
     Part& part = parts_[index];
     int mine = 0;
-    for (int i; (i = part.taken.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) piece(i);
+    for (int i; (i = part.taken.fetch_add(1, std::memory_order_relaxed)) < count; ++mine) attempt(i, piece);
     if (mine) part.done.fetch_add(mine, std::memory_order_release);
     for (int spins = 0; part.done.load(std::memory_order_acquire) < count; ++spins) {
       if (spins < kSpins) {
@@ -47,6 +52,16 @@ class Job {
  private:
   static constexpr int kSpins = 2000;
 
+  template <class Piece>
+  void attempt(int i, const Piece& piece) {
+    if (failed()) return;
+    try {
+      piece(i);
+    } catch (const std::bad_alloc&) {
+      failed_.store(true, std::memory_order_relaxed);
+    }
+  }
+
   static void pause() {
 #if defined(__x86_64__)
     __builtin_ia32_pause();
@@ -56,6 +71,7 @@ class Job {
   }
 
   std::vector<Part> parts_;
+  std::atomic<bool> failed_{false};
 };
 
 class Team {
@@ -73,8 +89,8 @@ class Team {
     for (auto& thread : threads_) thread.join();
   }
 
-  // Works on the job with the caller as rank 0; returns when it is done.
-  void run(const std::shared_ptr<Job>& job) {
+  // Works on the job with the caller as rank 0; returns when it is done. False: there was no memory for it.
+  bool run(const std::shared_ptr<Job>& job) {
     {
       std::lock_guard<std::mutex> lock(mutex_);
       job_ = job;
@@ -84,6 +100,7 @@ class Team {
     job->work(0);
     std::lock_guard<std::mutex> lock(mutex_);
     job_.reset();
+    return !job->failed();
   }
 
  private:
@@ -109,3 +126,13 @@ class Team {
   uint64_t number_ = 0;
   bool stopping_ = false;
 };
+
+// What a function returns to the interpreter: 0, or 1 where there is no memory for `action`, which says false or throws.
+template <class Action>
+int status_of(const Action& action) {
+  try {
+    return action() ? 0 : 1;
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+}
