@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from adapterhub.base.share import PieceCosts, Share
 
 MOST_TOKENS = 1024
-LONGEST = 0.45  # seconds of a pause
+LONGEST = 0.6  # seconds of a pause
 STEPS, WINDOW = 2000, 400
 
 
@@ -183,7 +183,8 @@ def test_after_a_piece_that_was_far_too_long_serving_is_made_up_to() -> None:
     done = day(Machine(step=0.01, piece=0.0, token=3e-3, item=1000, noise=0.0, stages=1)).go_on(STEPS)
     assert max(done.pieces) == pytest.approx(3.0)
     late = [i for i, gap in enumerate(done.gaps) if gap > 1]
-    assert min(after - before for before, after in pairwise(late)) > 170
+    made_up = (3.0 - LONGEST) / 1.5 / 0.01  # steps: training may have half as long again as serving
+    assert min(after - before for before, after in pairwise(late)) >= int(made_up)
 
 
 # -- when nobody asks

@@ -10,7 +10,7 @@ stream's tokens, by more than the factor `slo` over what it is without training.
   slo;
 - up to 5% of the tokens may be late by however much. One step in 22 may wait in a long pause, in which large pieces are
   worked on. Those that are late by themselves count too, so that a machine with troubles of its own gives training
-  less. Long is 0.45 seconds, for a stream should not seem to hang; and of the time, training takes no more than 60%,
+  less. Long is 0.6 seconds, for a stream should not seem to hang; and of the time, training takes no more than 60%,
   and is given no less than 4%.
 
 While somebody waits for a first token, training has the 4% alone. When nobody asks, it has all.
@@ -23,7 +23,7 @@ import statistics
 from collections import deque
 
 _EVERY = 22  # steps for each that may be late: less than 5%, and so in any 220 tokens of a stream
-_PAUSE = 0.45  # seconds of a long one
+_PAUSE = 0.6  # seconds of a long one
 _MOST, _LEAST = 0.6, 0.04  # of the time, while both want the device
 _STEPS = 256  # whose costs are remembered
 _MOST_DEBT = 3.0  # late steps that are still paid for
