@@ -84,7 +84,7 @@ def train_without_memory() -> str:
 def in_a_process_of_its_own(work: Callable[[], str]) -> str:
     """The limit is the whole process's; and a process that ends is told from one that fails."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        pool.submit(keep_nothing)
+        pool.submit(keep_nothing).result()
         return pool.submit(work).result(timeout=120)
 
 

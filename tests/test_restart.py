@@ -154,6 +154,7 @@ def test_a_job_that_is_killed_again_and_again_ends_as_if_nothing_had_happened(
         assert gone_on >= saved
     done = user.job(job, "succeeded")
     told = messages(user, job)
+    assert len(restarts(user, job, 2)) == 2
     assert told.count("Files validated, moving job to queued state") == 1
     assert checkpoints(user, job) == checkpoints(user, undisturbed) == [700, 600, 500, 400, 300, 200, 100]
     assert losses(user, job) == pytest.approx(losses(user, undisturbed), abs=1e-3, rel=1e-3)

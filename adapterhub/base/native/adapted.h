@@ -289,8 +289,7 @@ class Linears {
 
   // `to(row, column, y)` for all of a [rows, depth] @ packed [depth, columns], with the short steps of `lows`.
   template <class To>
-  void multiply(const bf16* a, size_t a_pitch, int depth, int rows, int columns, const Lows& lows,
-                const To& to) {
+  void multiply(const bf16* a, size_t a_pitch, int depth, int rows, int columns, const Lows& lows, const To& to) {
     const int blocks = (rows + kRowBlock - 1) / kRowBlock, panels = columns / 32;
     const int splits = std::clamp((4 * s_.learner.threads + blocks - 1) / std::max(1, blocks), 1, panels);
     each(blocks * splits, [&](int i) {
